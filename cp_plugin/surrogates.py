@@ -32,7 +32,7 @@ def surrogate(name: str, image_size: int, **kwargs: Any) -> nn.Module:
     Images of up to 64 pixels get a stem that keeps their resolution, as CIFAR ResNets have
     (He et al., CVPR 2016, section 4.2): a strided first convolution becomes 3x3 with stride 1 and
     the max pool after it goes; vision transformers get patches of an eighth of the image's side,
-    hierarchical ones and ConvNeXts patches of half their own size. Values in `kwargs` win.
+    hierarchical ones and ConvNeXts smaller patches than their own. Values in `kwargs` win.
 
     Args:
         name: a timm model, with or without the prefix `timm/`.
@@ -53,7 +53,7 @@ def surrogate(name: str, image_size: int, **kwargs: Any) -> nn.Module:
     _check_stem_width(model, architecture, kwargs)
     patches = _patch_arguments(model, architecture, image_size, kwargs)
     if patches:
-        model = _create_patched(architecture, kwargs, patches)
+        model = _create_patched(architecture, kwargs, patches, _reduction(model))
     if image_size <= SMALL_IMAGE and "patch_size" not in {**kwargs, **patches}:
         _keep_resolution(model, architecture)
     _check_output(model, architecture, image_size)
@@ -96,18 +96,23 @@ def _create(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _create_patched(
-    architecture: str, kwargs: dict[str, Any], patches: dict[str, int]
+    architecture: str, kwargs: dict[str, Any], patches: dict[str, int], before: int | None
 ) -> nn.Module:
     """Build it with patches of our size or, where its entry point fixes their size, its own."""
     try:
-        return _create(architecture, {**kwargs, **patches})
+        model = _create(architecture, {**kwargs, **patches})
     except UserError:
         if "patch_size" not in patches:
             raise
-    _say_no_small_stem(architecture)
-    return _create(
-        architecture, {**kwargs, **{k: v for k, v in patches.items() if k == "img_size"}}
-    )
+        _say_no_small_stem(architecture)
+        own = {key: value for key, value in patches.items() if key != "patch_size"}
+        return _create(architecture, {**kwargs, **own})
+    patch = patches.get("patch_size", 1)
+    if patch > 1 and before is not None and _reduction(model) == before:
+        # ConvNeXt makes up for patches of 2 with a stride in its first stage.
+        smaller = {**patches, "patch_size": patch // 2}
+        return _create_patched(architecture, kwargs, smaller, before)
+    return model
 
 
 def _check_stem_width(model: nn.Module, architecture: str, kwargs: dict[str, Any]) -> None:
@@ -121,18 +126,23 @@ def _check_stem_width(model: nn.Module, architecture: str, kwargs: dict[str, Any
 
 def _patch_arguments(
     model: nn.Module, architecture: str, image_size: int, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """Return the image and patch size that a model made of patches has to be built with."""
     accepted = inspect.signature(type(model).__init__).parameters
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, int] = {}
     if "img_size" in accepted and _fixed_input_size(architecture):
         arguments["img_size"] = image_size
     patch = _patch_size(model, architecture)
     if patch is not None and "patch_size" in accepted and image_size <= SMALL_IMAGE:
-        stages = getattr(model, "feature_info", None) or [{"reduction": patch}]
-        plain = stages[-1]["reduction"] == patch
+        plain = _reduction(model) in (None, patch)
         arguments["patch_size"] = max(1, image_size // TOKENS_PER_SIDE if plain else patch // 2)
     return {key: value for key, value in arguments.items() if key not in kwargs}
+
+
+def _reduction(model: nn.Module) -> int | None:
+    """Return how many pixels a side become one position of the last feature map."""
+    stages = getattr(model, "feature_info", None)
+    return int(stages[-1]["reduction"]) if stages else None
 
 
 def _patch_size(model: nn.Module, architecture: str) -> int | None:
