@@ -1,0 +1,148 @@
+"""Plain Python state that a training_step may change: taken once, put back in place.
+
+Covers what hangs on modules as ordinary attributes: numbers, containers, arrays, generators,
+objects of the host's own classes, and the random state that all of them may draw from.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_KEPT_KEYS = frozenset(vars(nn.Module())) | frozenset(
+    {"forward", "_compiled_call_impl", "log", "log_dict", "_trainer", "_fabric"}
+)
+_FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "omegaconf"})
+_LARGEST_SEARCHED = 4096
+
+
+class Attributes:
+    """Plain Python state of the modules, and of what hangs on them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules: list[nn.Module] = []
+        """Every module of the host, with those that it keeps in lists or plain objects."""
+        self.tensors: list[Tensor] = []
+        """Tensors that are neither parameters nor buffers."""
+        self._restores: list[Callable[[], None]] = []
+        self._seen: set[int] = set()
+        self._own = {_package(m) for m in module.modules()} - _FRAMEWORKS
+        for child in module.modules():
+            self._visit(child)
+
+    def restore(self) -> None:
+        """Put every attribute back."""
+        for restore in self._restores:
+            restore()
+
+    def _visit(self, value: Any) -> None:
+        if isinstance(value, (int, float, str, type(None), type)) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
+            self._visit_namespace(vars(value))
+            for child in value.children():
+                self._visit(child)
+        elif isinstance(value, Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, (list, tuple, dict, set, deque)):
+            self._visit_container(value)
+        elif (state := _state_of(value)) is not None:
+            self._restores.append(state)
+        elif _package(value) in self._own and hasattr(value, "__dict__"):
+            self._visit_namespace(vars(value))
+
+    def _visit_namespace(self, namespace: dict[str, Any]) -> None:
+        before = {k: v for k, v in namespace.items() if k not in _KEPT_KEYS}
+        self._restores.append(lambda: restore_dict(namespace, before, _KEPT_KEYS))
+        for value in before.values():
+            self._visit(value)
+
+    def _visit_container(self, container: Any) -> None:
+        if isinstance(container, dict):
+            entries = dict(container)
+            self._restores.append(lambda: restore_dict(container, entries))
+        elif not isinstance(container, tuple):
+            items = list(container)
+            self._restores.append(lambda: _restore_items(container, items))
+        if len(container) <= _LARGEST_SEARCHED:
+            for value in container.values() if isinstance(container, dict) else container:
+                self._visit(value)
+
+
+class RandomState:
+    """Random state of Python, numpy, the CPU and the devices in use."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._devices = [
+            (backend, device, backend.get_rng_state(device))
+            for device in devices
+            if (backend := getattr(torch, device.type, None)) is not None
+            and hasattr(backend, "get_rng_state")
+        ]
+
+    def restore(self) -> None:
+        """Put every generator back."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for backend, device, state in self._devices:
+            backend.set_rng_state(state, device)
+
+
+def restore_dict(
+    values: dict[str, Any], before: dict[str, Any], kept: frozenset[str] = frozenset()
+) -> None:
+    """Make a dictionary hold the objects it held before, in their order; `kept` keys stay."""
+    now = {key: value for key, value in values.items() if key not in kept}
+    if list(now) == list(before) and all(now[key] is before[key] for key in now):
+        return
+    for key in now:
+        del values[key]
+    values.update(before)
+
+
+def _restore_items(container: Any, items: list[Any]) -> None:
+    if len(container) == len(items) and all(map(operator.is_, container, items)):
+        return
+    container.clear()
+    (container.update if isinstance(container, set) else container.extend)(items)
+
+
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _state_of(value: Any) -> Callable[[], None] | None:
+    """Return what puts a random generator or an array back, None for anything else."""
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return lambda: np.copyto(value, array) if value.flags.writeable else None
+    if isinstance(value, torch.Generator):
+        tensor = value.get_state()
+        return lambda: _discard(value.set_state(tensor))
+    if isinstance(value, np.random.Generator):
+        bits, state = value.bit_generator, value.bit_generator.state
+        return lambda: setattr(bits, "state", state)
+    if isinstance(value, np.random.RandomState):
+        legacy = value.get_state()
+        return lambda: value.set_state(legacy)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return lambda: value.setstate(python)
+    return None
+
+
+def _discard(_: object) -> None:
+    """Return nothing, whatever a call returned."""

@@ -1,0 +1,104 @@
+"""Which modules belong to which branch of a method, and small questions to tensors and graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["momentum", "online", "classifier"]
+
+_CLASSIFIER_WORDS = ("classifier", "probe")
+
+
+def classifiers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are called a classifier or a probe: they see labels."""
+    return [
+        child
+        for name, child in module.named_modules()
+        if any(word in name.rpartition(".")[2].lower() for word in _CLASSIFIER_WORDS)
+    ]
+
+
+def roles_of(
+    module: nn.Module, momentum: Sequence[nn.Module], classifiers: Sequence[nn.Module]
+) -> list[tuple[nn.Module, Role]]:
+    """Give every network its role; what a compiled module contains is left to the compiler."""
+    of_momentum = {id(m) for root in momentum for m in root.modules()}
+    of_classifiers = {id(m) for root in classifiers for m in root.modules()} - of_momentum
+    special = of_momentum | of_classifiers
+    every = {id(m): m for root in (module, *momentum) for m in root.modules()}
+    compiled = {
+        id(m)
+        for root in every.values()
+        if is_compiled(root)
+        for m in itertools.islice(root.modules(), 1, None)
+    }
+    roles: list[tuple[nn.Module, Role]] = []
+    for key, candidate in every.items():
+        if key in compiled or candidate is module:
+            continue
+        original = id(getattr(candidate, "_orig_mod", candidate))
+        if key in of_momentum or original in of_momentum:
+            roles.append((candidate, "momentum"))
+        elif key in of_classifiers or original in of_classifiers:
+            roles.append((candidate, "classifier"))
+        elif any(True for _ in candidate.parameters()) and not any(
+            id(m) in special for m in candidate.modules()
+        ):
+            roles.append((candidate, "online"))
+    return roles
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` was applied to this very module."""
+    return module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+def dependent_in(tree: Any) -> list[Tensor]:
+    """Return the tensors that may depend on delta: they require grad and are no parameters."""
+    return [t for t in tensors_in(tree) if t.requires_grad and not isinstance(t, nn.Parameter)]
+
+
+def written_by(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what a torch function writes to, by torch's naming rules."""
+    if kwargs.get("out") is not None:
+        return [kwargs["out"]]
+    writes = name == "__setitem__" or kwargs.get("inplace") is True
+    return list(args[:1]) if writes or (name.endswith("_") and name[-2:] != "__") else []
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return what two tensors share when a write to one is seen in the other."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def graph_below(roots: Iterable[Any]) -> set[Any]:
+    """Return every autograd node below tensors or nodes, theirs included."""
+    todo = [root.grad_fn if isinstance(root, Tensor) else root for root in roots]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def is_node_of(node: Any, tensor: Tensor) -> bool:
+    """Whether an autograd node is the one that made a tensor, or collects its gradient."""
+    return (node is tensor.grad_fn) or getattr(node, "variable", None) is tensor

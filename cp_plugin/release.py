@@ -1,0 +1,307 @@
+"""Gradients through the momentum branch, whatever the host does to stop them.
+
+A host keeps gradients out of its momentum branch (`@torch.no_grad`, `.detach()`), since it never
+trains that branch by them. A perturbation is in both branches, so its gradient needs both.
+`release` opens that branch, and only that one, around the host's own loss; `untouched` (in
+`cp_plugin.untouched`) puts the host back as it was found.
+
+How it works: while released, a `TorchFunctionMode` sees every torch function that runs outside the
+networks, and every network call tells to which branch it belongs. Where a tensor comes from is then
+read off the autograd graph: the nearest network outputs below it are the momentum branch's or the
+online branch's. Inside a network nothing is intercepted, so networks run at full speed and may be
+compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from cp_plugin.branches import (
+    Role,
+    classifiers_of,
+    dependent_in,
+    graph_below,
+    is_compiled,
+    is_node_of,
+    roles_of,
+    storage_of,
+    tensors_in,
+    written_by,
+)
+from cp_plugin.config import UserError
+from cp_plugin.untouched import Untouched, untouched
+
+__all__ = ["Release", "Untouched", "check_release", "release", "untouched"]
+
+Origin = Literal["momentum", "online", "view"]
+
+_STOPS = frozenset({"detach", "detach_", "requires_grad_"})
+_READS = frozenset(
+    {"numpy", "__array__", "item", "tolist", "__deepcopy__", "__reduce_ex__"}
+    | {"__float__", "__int__", "__bool__", "__index__", "__complex__"}
+)
+
+
+def release(
+    module: nn.Module,
+    momentum_modules: Sequence[nn.Module],
+    classifiers: Sequence[nn.Module] | None = None,
+) -> Release:
+    """Return a context in which gradients flow through the momentum branch of a method.
+
+    Inside, the gradient of the host's loss with respect to its views is the derivative through both
+    branches; stop-gradients that belong to no momentum branch (SimSiam's) stay. Without momentum
+    modules the context does nothing. It may be entered again and again, once per loss.
+
+    Args:
+        module: the module that owns every parameter and buffer of the method.
+        momentum_modules: the modules of the momentum branch; modules inside them are included.
+        classifiers: modules that see labels: they get detached inputs, so that no label reaches
+            the perturbation. None: the modules called `…classifier…` or `…probe…`.
+
+    Source: He, Zha, Katabi, "Indiscriminate Poisoning Attacks on Unsupervised Contrastive
+        Learning", ICLR 2023, section 3 (dual-branch propagation).
+    """
+    return Release(
+        module, momentum_modules, classifiers_of(module) if classifiers is None else classifiers
+    )
+
+
+def check_release(released: Release, loss: Tensor, delta: Tensor) -> None:
+    """Check that a loss computed under `release` depends on delta, also by the momentum branch.
+
+    To be called once a run, after the `with` block and before the backward pass: it walks the
+    whole graph.
+
+    Args:
+        released: the context in which the loss was computed.
+        loss: scalar.
+        delta: the tensor that the gradient is asked for.
+
+    Raises:
+        UserError: no path from the loss to delta, or none through the momentum branch.
+    """
+    below = graph_below([loss])
+    if not any(is_node_of(node, delta) for node in below):
+        raise UserError(
+            "expected a loss that depends on the views, got one without a gradient to them: the "
+            "host cuts every path (`.data`, `torch.inference_mode`, numpy) or does not use its "
+            "views. Remove the cut from its training_step."
+        )
+    outputs = released.momentum_outputs & below
+    if not released.momentum_modules or any(
+        is_node_of(node, delta) for node in graph_below(outputs)
+    ):
+        return
+    how = "runs, but is cut off" if released.momentum_called else "never runs"
+    raise UserError(
+        "expected a loss whose gradient reaches the views through the momentum branch, but the "
+        f"branch {how}: `.data` and `torch.inference_mode` cannot be undone. Remove them from the "
+        "module, name its momentum branch with poison.momentum_modules=[…], or set "
+        "poison.dual_branch=false."
+    )
+
+
+class Release(TorchFunctionMode):
+    """The context that `release` returns."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        momentum_modules: Sequence[nn.Module],
+        classifiers: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.momentum_modules = tuple(momentum_modules)
+        self.momentum_outputs: set[Any] = set()
+        """Graph nodes of what the momentum branch returned since the context was entered."""
+        self.momentum_called = False
+        self._roles = roles_of(module, self.momentum_modules, classifiers)
+        self._online_outputs: set[Any] = set()
+        self._before_networks: set[Any] = set()
+        self._patched: list[tuple[nn.Module, str, Any]] = []
+        self._in_network = False
+
+    def __enter__(self) -> Release:
+        """Wrap the networks and start to intercept torch functions."""
+        for nodes in (self.momentum_outputs, self._online_outputs, self._before_networks):
+            nodes.clear()
+        self.momentum_called = False
+        if self.momentum_modules:
+            for module, role in self._roles:
+                self._patch(module, role)
+            torch._C._push_on_torch_function_stack(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop intercepting, unwrap the networks, leave no graph in the host's state."""
+        if not self.momentum_modules:
+            return
+        torch._C._pop_torch_function_stack()
+        for module, name, own in reversed(self._patched):
+            if own is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = own
+        self._patched.clear()
+        self._drop_graphs()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one torch function, with a gradient where the momentum branch needs it."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.grad_fn is not None:
+            if name in _STOPS and self._origin(first) == "momentum":
+                return first
+            if name in _READS:
+                return func(first.detach(), *args[1:], **kwargs)
+        if name == "__set__":
+            return self._set_property(func, args)
+        written = written_by(name, args, kwargs)
+        if torch.is_grad_enabled():
+            keeps = bool(written and dependent_in((args, kwargs)) and self._is_state(written))
+            with torch.no_grad() if keeps else nullcontext():
+                return func(*args, **kwargs)
+        origins = {self._origin(tensor) for tensor in dependent_in((args, kwargs))}
+        if not self._opens(origins, (args, kwargs)) or self._is_state(written):
+            return func(*args, **kwargs)
+        if "online" in origins:
+            args, kwargs = tree_map(self._without_online, (args, kwargs))
+        # The host may overwrite these tensors later, since to it they need no gradient.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_copied, _same):
+            return func(*args, **kwargs)
+
+    def _opens(self, origins: set[Origin], arguments: Any) -> bool:
+        """Whether a function that runs without gradient belongs to the momentum branch."""
+        if origins == {"view"}:
+            return not any(isinstance(tensor, nn.Parameter) for tensor in tensors_in(arguments))
+        return "momentum" in origins
+
+    def _set_property(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Assign to a tensor's property; only leaves can be told to require no gradient."""
+        if func.__self__.__name__ == "requires_grad" and args[0].grad_fn is not None:
+            return None
+        return func(*args)
+
+    def _origin(self, tensor: Tensor) -> Origin:
+        """Tell which branch a tensor comes from; `view` is before any network."""
+        found: Origin = "view"
+        todo: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = set()
+        while todo:
+            node = todo.pop()
+            if node in self.momentum_outputs:
+                return "momentum"
+            if node in self._online_outputs:
+                found = "online"
+            elif node is not None and node not in seen and node not in self._before_networks:
+                seen.add(node)
+                todo.extend(parent for parent, _ in node.next_functions)
+        if found == "view":
+            self._before_networks |= seen
+        return found
+
+    def _without_online(self, value: Any) -> Any:
+        online = isinstance(value, Tensor) and self._origin(value) == "online"
+        return value.detach() if online else value
+
+    def _is_state(self, written: Sequence[Any]) -> bool:
+        """Whether a written tensor is the host's own, or a leaf: such writes keep no gradient."""
+        targets = [tensor for tensor in tensors_in(written) if tensor.grad_fn is None]
+        if not targets:
+            return False
+        own = {storage_of(t) for m in self.module.modules() for t in tensors_in(vars(m))}
+        return any(target.requires_grad or storage_of(target) in own for target in targets)
+
+    def _drop_graphs(self) -> None:
+        for module in self.module.modules():
+            for place in (module._buffers, module.__dict__):
+                for name, value in place.items():
+                    if (
+                        isinstance(value, Tensor)
+                        and value.grad_fn is not None
+                        and (place is module._buffers or self._origin(value) == "momentum")
+                    ):
+                        place[name] = value.detach()
+
+    def _patch(self, module: nn.Module, role: Role) -> None:
+        name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        original = getattr(module, name)
+        compiled = is_compiled(module)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(original, role, compiled, args, kwargs)
+
+        call.__wrapped__ = original  # type: ignore[attr-defined]
+        self._patched.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = call
+
+    def _call(
+        self, original: Callable[..., Any], role: Role, compiled: bool, args: Any, kwargs: Any
+    ) -> Any:
+        """Call a network: gradient, interception and record as its role asks."""
+        if self._in_network:
+            return original(*args, **kwargs)
+        with self._uninterrupted():
+            origins = {self._origin(tensor) for tensor in dependent_in((args, kwargs))}
+            on_momentum = role == "online" and "momentum" in origins
+            if not on_momentum or compiled:
+                if role == "classifier":
+                    args, kwargs = tree_map(_detached, (args, kwargs))
+                opens = on_momentum or (role == "momentum" and bool(origins - {"online"}))
+                with torch.set_grad_enabled(torch.is_grad_enabled() or opens):
+                    output = original(*args, **kwargs)
+                if not on_momentum:
+                    self._record(output, role)
+                return output
+        return original(*args, **kwargs)
+
+    def _record(self, output: Any, role: Role) -> None:
+        self.momentum_called |= role == "momentum"
+        nodes = self.momentum_outputs if role == "momentum" else self._online_outputs
+        tree = vars(output) if dataclasses.is_dataclass(output) else output
+        nodes.update(tensor.grad_fn for tensor in tensors_in(tree) if tensor.grad_fn is not None)
+
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """Take the mode off the stack: networks and compilers see what they always see."""
+        depth = torch._C._len_torch_function_stack()
+        mode = torch._C._pop_torch_function_stack() if depth else None
+        if mode is not None and mode is not self:
+            torch._C._push_on_torch_function_stack(mode)
+        self._in_network = True
+        try:
+            with torch._C.DisableTorchFunction() if mode not in (self, None) else nullcontext():
+                yield
+        finally:
+            self._in_network = False
+            if mode is self:
+                torch._C._push_on_torch_function_stack(self)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
