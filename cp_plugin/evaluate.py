@@ -114,10 +114,8 @@ def knn(
     votes the lowest label wins. Negative labels are unlabelled: left out of bank and queries.
 
     Args:
-        bank_ND: float (N, D) features.
-        bank_labels: int64 (N).
-        query_MD: float (M, D) features.
-        query_labels: int64 (M).
+        bank_ND, query_MD: float (N, D) and (M, D) features.
+        bank_labels, query_labels: int64 (N) and (M).
         k: neighbours, at most the whole bank; None: `default_k`.
         temperature: positive.
         classes: number of classes; None: as many as the labels name.
@@ -183,10 +181,8 @@ def linear_probe(
     learning rate serves every encoder. Negative labels are left out.
 
     Args:
-        train_ND: float (N, D) features.
-        train_labels: int64 (N).
-        test_MD: float (M, D) features.
-        test_labels: int64 (M).
+        train_ND, test_MD: float (N, D) and (M, D) features.
+        train_labels, test_labels: int64 (N) and (M).
         epochs: passes over the training features.
         lr: learning rate at the start.
         seed: of the batches' order; the classifier starts at 0.

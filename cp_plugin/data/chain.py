@@ -172,7 +172,7 @@ def indices_of(dataset: Any) -> Sequence[int] | None:
     """Return the rows that a subset takes of the data set inside it."""
     if isinstance(dataset, Subset):
         return dataset.indices
-    indices = getattr(dataset, "indices", None)
+    indices: Any = attributes(dataset).get("indices")
     if indices is None or not hasattr(indices, "__len__") or len(indices) != len(dataset):
         return None
     found: Sequence[int] = indices

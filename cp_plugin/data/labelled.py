@@ -95,6 +95,9 @@ def _candidates(dataset: Any) -> list[Sequence[Any]]:
             found.append(values.tolist())
         elif isinstance(values, (list, tuple)):
             found.append(values)
+    for tensor in own.get("tensors", ()):
+        if isinstance(tensor, Tensor) and tensor.ndim == 1 and not tensor.is_floating_point():
+            found.append(tensor.tolist())
     return found
 
 

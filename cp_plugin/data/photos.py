@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,31 +104,26 @@ class Photos(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[row]
 
 
-def boxes(
-    width: int, height: int, train: bool, count: int, seed: int | str, cells: int = CELLS
-) -> list[Box]:
+def boxes(width: int, height: int, train: bool, count: int, seed: int | str) -> list[Box]:
     """Draw squares that lie wholly in the training or the testing part of a photograph.
 
     Python's generator is used, since its stream is the same in every version.
     """
     draw = random.Random(f"{seed} {train}")
-    lines = [round(height * cell / cells) for cell in range(cells + 1)]
-    columns = [round(width * cell / cells) for cell in range(cells + 1)]
-    free = np.zeros((height, width), dtype=np.int64)
-    for row, column in enumerate(TEST_COLUMN):
-        free[lines[row] : lines[row + 1], columns[column] : columns[column + 1]] = 1
-    if train:
-        free = 1 - free
-    area = np.pad(free.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     found: list[Box] = []
     while len(found) < count:
         side = round(draw.uniform(*SIDES) * min(width, height))
         left, top = draw.randrange(width - side + 1), draw.randrange(height - side + 1)
-        right, bottom = left + side, top + side
-        inside = area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left]
-        if inside == side * side:
+        # A square is smaller than a cell, so its corners lie in all cells that it touches.
+        corners = product((left, left + side - 1), (top, top + side - 1))
+        if all(in_test_part(x, y, width, height) != train for x, y in corners):
             found.append(Box(left, top, side))
     return found
+
+
+def in_test_part(x: int, y: int, width: int, height: int) -> bool:
+    """Tell whether a pixel of a photograph belongs to the cells for testing."""
+    return x * CELLS // width == TEST_COLUMN[y * CELLS // height]
 
 
 def photograph(name: str) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +46,7 @@ class Poisoned(Dataset[Any]):
         self.dataset = dataset
         self._change = Change(add, Canonical(image_size))
         self._labels = labels(dataset)
-        self._changed = None
-        if chain.transforms_of(dataset):
-            self._changed = chain.with_transform(dataset, self._change.before)
+        self._built: Built | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,8 +60,8 @@ class Poisoned(Dataset[Any]):
         row = range(len(self))[row]
         known = _label.set(UNLABELLED if self._labels is None else int(self._labels[row]))
         try:
-            if self._changed is not None:
-                return read(self._changed, row)
+            if chain.transforms_of(self.dataset):
+                return read(self._changed(), row)
             return self._with_first_image_changed(read(self.dataset, row))
         finally:
             _label.reset(known)
@@ -80,7 +79,13 @@ class Poisoned(Dataset[Any]):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset = chain.with_transform(self.dataset, lambda _: transform)
-        self._changed = chain.with_transform(self.dataset, self._change.before)
+
+    def _changed(self) -> Any:
+        """The data set with the poison before its transform, made anew for another data set."""
+        if self._built is None or self._built.source is not self.dataset:
+            changed = chain.with_transform(self.dataset, self._change.before)
+            self._built = Built(self.dataset, changed)
+        return self._built.changed
 
     def _with_first_image_changed(self, sample: Any) -> Any:
         done = False
@@ -99,6 +104,14 @@ class Poisoned(Dataset[Any]):
                 "set of images."
             )
         return result
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was made of a data set; no container, so that it is not taken for a second one."""
+
+    source: Any
+    changed: Any
 
 
 class Change:

@@ -1,0 +1,797 @@
+from __future__ import annotations
+
+import pickle
+import random
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightly.data import LightlyDataset
+from lightly.transforms import SimCLRTransform
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import TensorDataset as Tensors
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, STL10, FakeData, ImageFolder
+
+from cp_plugin.config import UserError
+from cp_plugin.data import (
+    Canonical,
+    FlatFolder,
+    Opened,
+    Photos,
+    Poisoned,
+    SampleError,
+    class_names,
+    image_key,
+    labels,
+    load,
+)
+from cp_plugin.data import photos as photo_module
+
+PIPELINE = transforms.Compose([transforms.RandomCrop(24), transforms.ToTensor()])
+MakeFolder = Callable[..., Path]
+
+
+def pixels(path: str | Path) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def views_of(count: int) -> list[Tensor]:
+    return [torch.full((count, 3, 24, 24), float(number)) for number in range(2)]
+
+
+class TwoViews:
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [PIPELINE(image), PIPELINE(image)]
+
+
+# image_key and Canonical
+
+
+def test_key_is_a_signed_64_bit_number_of_pixels_and_shape() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (500, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    keys = [image_key(image) for image in images]
+    assert len(set(keys)) == 500
+    assert torch.tensor(keys, dtype=torch.int64).tolist() == keys
+    assert min(keys) < 0 < max(keys)
+    changed = images[0].clone()
+    changed[2, 7, 7] ^= 1
+    assert image_key(changed) != keys[0] == image_key(images[0].clone())
+    zeros = torch.zeros(3, 4, 16, dtype=torch.uint8)
+    assert len({image_key(zeros.reshape(shape)) for shape in ((3, 4, 16), (3, 8, 8))}) == 2
+
+
+def test_key_does_not_depend_on_memory_layout() -> None:
+    image = torch.arange(3 * 5 * 7, dtype=torch.uint8).reshape(3, 5, 7)
+    turned = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert not turned.is_contiguous()
+    assert image_key(turned) == image_key(image)
+
+
+def test_key_is_the_same_in_every_version() -> None:
+    """Poison files keep keys, so the value is part of the file format."""
+    image = torch.arange(48, dtype=torch.uint8).reshape(3, 4, 4)
+    assert image_key(image) == -4407671424568978480
+
+
+def test_key_refuses_floats() -> None:
+    with pytest.raises(UserError, match="uint8"):
+        image_key(torch.zeros(3, 4, 4))
+
+
+def test_canonical_reads_every_kind_of_image_alike(photos: Photos) -> None:
+    array = photos.data[0]
+    expected = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [Image.fromarray(array), array, expected, expected.float() / 255, expected / 255.0]
+    for size in (None, 32):
+        assert all(torch.equal(Canonical(size)(kind), expected) for kind in kinds)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_canonical_converts_to_rgb(mode: str, photos: Photos) -> None:
+    picture = Image.fromarray(photos.data[3]).convert(mode)
+    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(Canonical(32)(picture), expected)
+
+
+def test_canonical_grey_tensors_and_arrays_get_three_channels() -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    expected = torch.from_numpy(grey).expand(3, 8, 8)
+    for image in (grey, grey[:, :, None], torch.from_numpy(grey)[None]):
+        assert torch.equal(Canonical(None)(image), expected)
+
+
+@pytest.mark.parametrize("width_height", [(50, 40), (40, 70), (20, 31), (32, 48)])
+def test_canonical_resizes_as_torchvision_does_on_pillow(width_height: tuple[int, int]) -> None:
+    picture = photo_module.photograph("cat").resize(width_height)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.PILToTensor(),
+        ]
+    )
+    assert torch.equal(Canonical(32)(picture), reference(picture))
+    assert torch.equal(Canonical(32)(transforms.PILToTensor()(picture)), reference(picture))
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (torch.rand(3, 8, 8) * 255, r"must lie in \[0, 1\]"),
+        (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\]"),
+        (torch.zeros(5, 8, 8), r"\(C, H, W\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8 or floating"),
+        (np.zeros((8, 8, 3)), "must be uint8"),
+        ("picture.png", "Expected an image"),
+    ],
+)
+def test_canonical_refuses(image: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        Canonical(8)(image)
+
+
+# Opened
+
+
+class Holding(Dataset[Any]):
+    """A user's wrapper: another form of sample around a data set with a transform."""
+
+    def __init__(self, dataset: Any, form: Callable[[int, Any, int], Any]) -> None:
+        self.dataset = dataset
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        views, target = self.dataset[row]
+        return self.form(row, views, target)
+
+
+class Own(Dataset[Any]):
+    """A user's own data set that does with its transform what `use` says."""
+
+    def __init__(self, files: list[Path], use: Callable[[Any, Any], Any]) -> None:
+        self.files = files
+        self.transform = TwoViews()
+        self.use = use
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Any:
+        with Image.open(self.files[row]) as picture:
+            return self.use(self.transform, picture.convert("RGB"))
+
+
+Sample = namedtuple("Sample", ["views", "target"])
+
+FORMS: dict[str, Callable[[int, Any, int], Any]] = {
+    "views, target": lambda row, views, target: (views, target),
+    "views, target, name": lambda row, views, target: (views, target, f"{row}.png"),
+    "index, views, target": lambda row, views, target: (row, views, target),
+    "only views": lambda row, views, target: views,
+    "dictionary": lambda row, views, target: {"target": target, "in": {"views": views}},
+    "named tuple": lambda row, views, target: Sample(views, target),
+    "list": lambda row, views, target: [target, views],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opened_serves_every_form_of_sample(form: str, image_folder: MakeFolder) -> None:
+    """The host's batch with views put back equals the one that its own loader would have made."""
+    inner = ImageFolder(image_folder(), transform=TwoViews())
+    dataset = Holding(inner, FORMS[form])
+    with Opened(dataset, image_size=32) as opened:
+        batch = opened.collate([opened[row] for row in (3, 0, 7)])
+        put_back = opened.with_views(batch.sample, views_of(3))
+    stock = next(iter(DataLoader(Subset(dataset, [3, 0, 7]), batch_size=3)))
+    assert batch.rows.tolist() == [3, 0, 7]
+    expected = torch.stack([pixels(inner.samples[row][0]) for row in (3, 0, 7)])
+    assert torch.equal(batch.images, expected)
+    assert batch.keys.tolist() == [image_key(image) for image in expected]
+    assert_same_form(put_back, stock)
+
+
+def assert_same_form(found: Any, stock: Any) -> None:
+    """Same containers and values, but for the views, which are those of `views_of`."""
+    if isinstance(stock, Tensor):
+        if stock.is_floating_point():
+            assert found.shape == stock.shape
+            assert int(found.min()) == int(found.max())
+        else:
+            assert torch.equal(found, stock)
+    elif isinstance(stock, dict):
+        assert found.keys() == stock.keys()
+        for key in stock:
+            assert_same_form(found[key], stock[key])
+    elif isinstance(stock, (list, tuple)):
+        assert type(found) is type(stock)
+        assert len(found) == len(stock)
+        for one, other in zip(found, stock, strict=True):
+            assert_same_form(one, other)
+    else:
+        assert found == stock
+
+
+USES: dict[str, Callable[[Any, Any], Any]] = {
+    "called twice": lambda transform, image: (transform(image), transform(image), 4),
+    "unpacked": lambda transform, image: (4, *transform(image)),
+    "indexed": lambda transform, image: {"q": transform(image)[0], "k": transform(image)[1]},
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_opened_finds_views_that_stand_apart(use: str, image_folder: MakeFolder) -> None:
+    files = sorted(image_folder(flat=True).glob("*.png"))
+    opened = Opened(Own(files, USES[use]), image_size=32)
+    assert opened.places == 2
+    batch = opened.collate([opened[1], opened[2]])
+    assert torch.equal(batch.images[1], pixels(files[2]))
+    put_back = opened.with_views(batch.sample, views_of(2))
+    found = list(put_back.values()) if isinstance(put_back, dict) else put_back
+    views = [part for part in found if part.ndim == 4]
+    assert [int(view.unique()) for view in views] == [0, 1]
+    with pytest.raises(UserError, match="returns 2 views an image"):
+        opened.with_views(batch.sample, views_of(2)[:1] * 3)
+
+
+def test_opened_leaves_the_data_set_and_its_siblings_alone(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder(), transform=TwoViews())
+    transform, both = dataset.transform, dataset.transforms
+    train, val = Subset(dataset, [0, 1, 2]), Subset(dataset, [3, 4])
+    opened = Opened(train, image_size=32)
+    assert opened.transform is transform
+    assert opened[0].image.shape == (3, 32, 32)
+    assert isinstance(val[0][0], list)
+    assert dataset.transform is transform
+    opened.close()
+    assert dataset.transform is transform
+    assert dataset.transforms is both
+    with pytest.raises(UserError, match="closed"):
+        opened[0]
+
+
+def test_opened_follows_subsets_and_joins(image_folder: MakeFolder) -> None:
+    first = ImageFolder(image_folder("first"), transform=PIPELINE)
+    second = ImageFolder(image_folder("second", classes=2), transform=PIPELINE)
+    joined = ConcatDataset([Subset(first, [5, 1]), second])
+    opened = Opened(joined, image_size=None)
+    assert opened.transform is PIPELINE
+    files = [first.samples[5][0], first.samples[1][0], *(path for path, _ in second.samples)]
+    assert len(opened) == len(files) == 10
+    for row, file in enumerate(files):
+        assert torch.equal(opened[row].image, pixels(file))
+    assert opened[-1].row == 9
+
+
+def test_opened_refuses_joined_data_sets_with_different_transforms(
+    image_folder: MakeFolder,
+) -> None:
+    folder = image_folder()
+    twice = [ImageFolder(folder, transform=TwoViews()), ImageFolder(folder, transform=TwoViews())]
+    assert isinstance(Opened(ConcatDataset(twice), 32).transform, TwoViews)
+    twice[1].transform = PIPELINE
+    with pytest.raises(UserError, match="different transforms"):
+        Opened(ConcatDataset(twice), 32)
+
+
+def test_opened_takes_the_outermost_transform(image_folder: MakeFolder) -> None:
+    class Outer(Holding):
+        def __init__(self, dataset: Any) -> None:
+            super().__init__(dataset, FORMS["views, target"])
+            self.transform = TwoViews()
+
+        def __getitem__(self, row: int) -> Any:
+            image, target = super().__getitem__(row)
+            return self.transform(image), target
+
+    inner = ImageFolder(image_folder(), transform=transforms.CenterCrop(28))
+    opened = Opened(Outer(inner), image_size=None)
+    assert isinstance(opened.transform, TwoViews)
+    assert opened[0].image.shape == (3, 28, 28)
+
+
+def test_opened_serves_a_transform_of_none(photos: Photos) -> None:
+    opened = Opened(photos, image_size=32)
+    assert opened.transform is None
+    assert torch.equal(opened[4].image, torch.from_numpy(photos.data[4]).permute(2, 0, 1))
+
+
+def test_opened_resizes(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder(size=(60, 40)), transform=PIPELINE)
+    expected = Canonical(16)(Image.open(dataset.samples[2][0]))
+    assert torch.equal(Opened(dataset, 16)[2].image, expected)
+
+
+def test_opened_names_the_setting_when_sizes_differ(image_folder: MakeFolder) -> None:
+    image_folder("mixed", classes=1, size=40)
+    folder = image_folder("mixed", classes=2)
+    (folder / "astronaut" / "astronaut_000.png").unlink()
+    for file in (folder / "brick").iterdir():
+        Image.open(file).resize((30, 30)).save(file)
+    opened = Opened(ImageFolder(folder, transform=PIPELINE), image_size=None)
+    with pytest.raises(UserError, match=r"poison\.image_size"):
+        opened.collate([opened[0], opened[-1]])
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_opened_works_in_worker_processes(
+    method: str, workers: int, image_folder: MakeFolder
+) -> None:
+    dataset = LightlyDataset(str(image_folder()), transform=SimCLRTransform(input_size=24))
+    opened = Opened(dataset, image_size=32)
+    loader = DataLoader(
+        opened,
+        batch_size=5,
+        num_workers=workers,
+        collate_fn=opened.collate,
+        multiprocessing_context=method,
+    )
+    batches = list(loader)
+    assert torch.cat([batch.rows for batch in batches]).tolist() == list(range(12))
+    expected = [opened[row].key for row in range(12)]
+    assert torch.cat([batch.keys for batch in batches]).tolist() == expected
+    views, target, names = opened.with_views(batches[0].sample, views_of(5))
+    assert len(views) == 2
+    assert target.tolist() == [0, 0, 0, 0, 1]
+    assert names[4].endswith("brick_000.png")
+
+
+def test_opened_serves_lightly_data_sets(image_folder: MakeFolder, photos: Photos) -> None:
+    flat = LightlyDataset(str(image_folder(flat=True)), transform=SimCLRTransform(24))
+    opened = Opened(flat, image_size=32)
+    assert isinstance(opened.transform, SimCLRTransform)
+    assert labels(flat) is None
+    assert opened[1].sample[2].endswith("astronaut_001.png")
+    assert isinstance(flat[0][0], list)
+    wrapped = LightlyDataset.from_torch_dataset(photos, transform=TwoViews())
+    try:
+        assert Opened(wrapped, 32)[9].key == Opened(photos, 32)[9].key
+        assert labels(wrapped).tolist() == photos.targets
+        assert class_names(wrapped) == tuple(photos.classes)
+    finally:
+        photos.transform = None
+
+
+def test_opened_serves_a_collate_that_walks_over_the_views(image_folder: MakeFolder) -> None:
+    from lightly.data.multi_view_collate import MultiViewCollate
+
+    dataset = LightlyDataset(str(image_folder()), transform=TwoViews())
+    opened = Opened(dataset, image_size=32)
+    batch = opened.collate([opened[0], opened[5]], MultiViewCollate())
+    views, target, names = opened.with_views(batch.sample, views_of(2))
+    assert [int(view.unique()) for view in views] == [0, 1]
+    assert target.tolist() == [0, 1]
+    assert len(names) == 2
+
+
+def test_opened_serves_torchvision_data_sets_in_memory(
+    tmp_path: Path, small_stl10: Path, photos: Photos
+) -> None:
+    write_cifar10(tmp_path, photos)
+    dataset = load_cifar10(tmp_path, TwoViews())
+    opened = Opened(dataset, image_size=32)
+    assert torch.equal(opened[7].image, torch.from_numpy(dataset.data[7]).permute(2, 0, 1))
+    assert labels(dataset).tolist() == dataset.targets
+    assert class_names(dataset) == tuple(dataset.classes)
+    fake = FakeData(4, (3, 40, 40), transform=PIPELINE)
+    assert Opened(fake, 32)[2].image.shape == (3, 32, 32)
+    stl = STL10(str(small_stl10), split="train+unlabeled", transform=PIPELINE)
+    assert torch.equal(Opened(stl, 96)[3].image, torch.from_numpy(stl.data[3]))
+    assert labels(stl).tolist() == [0, 1, 2, -1, -1]
+
+
+def write_cifar10(folder: Path, photos: Photos) -> None:
+    place = folder / "cifar-10-batches-py"
+    place.mkdir()
+    flat = photos.data[:10].transpose(0, 3, 1, 2).reshape(10, -1)
+    for name in ("data_batch_1", "test_batch"):
+        (place / name).write_bytes(pickle.dumps({"data": flat, "labels": list(range(10))}))
+    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+def load_cifar10(folder: Path, transform: Any = None) -> CIFAR10:
+    """CIFAR-10 with one file of ten images; checksums are attributes of torchvision's class."""
+
+    class SmallCIFAR10(CIFAR10):
+        train_list = (("data_batch_1", None),)
+        test_list = (("test_batch", None),)
+        meta = {"filename": "batches.meta", "key": "label_names", "md5": None}  # noqa: RUF012
+
+    return SmallCIFAR10(str(folder), transform=transform)
+
+
+def write_stl10(folder: Path) -> None:
+    place = folder / "stl10_binary"
+    place.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in (("train_X", 3), ("unlabeled_X", 2), ("test_X", 2)):
+        images = generator.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        (place / f"{name}.bin").write_bytes(images.tobytes())
+    for name, count in (("train_y", 3), ("test_y", 2)):
+        (place / f"{name}.bin").write_bytes(np.arange(1, count + 1, dtype=np.uint8).tobytes())
+    (place / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (place / "fold_indices.txt").write_text("0 1 2\n")
+
+
+@pytest.fixture
+def small_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A few images in STL-10's files, with torchvision's checksums off."""
+    write_stl10(tmp_path)
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    return tmp_path
+
+
+def test_opened_serves_solo_learn(
+    solo_learn: Path, image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(solo_learn))
+    loading = pytest.importorskip("solo.data.pretrain_dataloader", exc_type=ImportError)
+    two = loading.prepare_n_crop_transform([PIPELINE], [2])
+    labelled = loading.prepare_datasets("custom", two, image_folder())
+    opened = Opened(labelled, image_size=32)
+    assert opened.transform is two
+    batch = opened.collate([opened[4], opened[9]])
+    assert torch.equal(batch.images[1], pixels(labelled.samples[9][0]))
+    index, views, target = opened.with_views(batch.sample, views_of(2))
+    assert (index.tolist(), len(views), target.tolist()) == ([4, 9], 2, [1, 2])
+
+    flat = image_folder("flat", flat=True)
+    unlabelled = loading.prepare_datasets("custom", two, flat, no_labels=True)
+    assert labels(unlabelled) is None
+    item = Opened(unlabelled, image_size=32)[5]
+    assert torch.equal(item.image, pixels(flat / unlabelled.images[5]))
+    assert item.sample[0] == 5
+    (flat / unlabelled.images[5]).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=unlabelled.images[5]):
+        Opened(unlabelled, image_size=32)[5]
+
+
+def test_labels_follow_samples_when_targets_are_stale(image_folder: MakeFolder) -> None:
+    """solo-learn's `data.fraction` replaces `samples` and leaves `targets`."""
+    dataset = ImageFolder(image_folder())
+    dataset.samples = [dataset.samples[row] for row in (11, 0, 5)]
+    assert labels(dataset).tolist() == [2, 0, 1]
+    dataset.samples = dataset.samples * 4
+    assert len(dataset.targets) == len(dataset)
+    assert labels(dataset).tolist() == [2, 0, 1] * 4
+
+
+class Streaming(IterableDataset[Any]):
+    transform = PIPELINE
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+class Bare(Dataset[Any]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, row: int) -> Any:
+        return torch.rand(3, 8, 8), row
+
+
+class Deaf(Bare):
+    transform = PIPELINE
+
+    def __init__(self) -> None:
+        self.transform = PIPELINE
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        (Streaming(), "streams its images"),
+        (Bare(), "has no attribute `transform`"),
+        (Tensors(torch.rand(4, 3, 8, 8)), "has no attribute `transform`"),
+        (Deaf(), "does not return what its transform makes"),
+        (Subset(Photos(True, patches=1), []), "is empty"),
+        ([1, 2], "has no attribute `transform`"),
+    ],
+)
+def test_opened_refuses(dataset: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        Opened(dataset, image_size=32)
+
+
+def test_opened_refuses_a_joint_transform_of_image_and_target(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder())
+    dataset.transforms = lambda image, target: (image, target)
+    with pytest.raises(UserError, match="image and target together"):
+        Opened(dataset, image_size=32)
+
+
+def test_opened_names_a_collate_that_drops_the_views(image_folder: MakeFolder) -> None:
+    opened = Opened(ImageFolder(image_folder(), transform=PIPELINE), 32)
+    batch = opened.collate([opened[0]], lambda samples: [target for _, target in samples])
+    with pytest.raises(UserError, match="collate_fn"):
+        opened.with_views(batch.sample, views_of(1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["truncated", "text", "missing"])
+def test_unreadable_image_is_named_in_one_sentence(
+    damage: str, workers: int, image_folder: MakeFolder
+) -> None:
+    dataset = ImageFolder(image_folder(), transform=PIPELINE)
+    broken = Path(dataset.samples[6][0])
+    content = broken.read_bytes()
+    if damage == "missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"text")
+    opened = Opened(Subset(dataset, [0, 6, 7, 8]), image_size=32)
+    loader = DataLoader(opened, batch_size=2, num_workers=workers, collate_fn=opened.collate)
+    with pytest.raises(SampleError) as caught:
+        list(loader)
+    assert isinstance(caught.value, UserError)
+    assert str(broken) in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_normalised_images_are_refused_with_their_file(image_folder: MakeFolder) -> None:
+    class Normalised(ImageFolder):
+        def __getitem__(self, row: int) -> Any:
+            path, target = self.samples[row]
+            return self.transform(transforms.ToTensor()(Image.open(path)) * 2 - 1), target
+
+    dataset = Normalised(image_folder(), transform=PIPELINE)
+    with pytest.raises(UserError, match=r"astronaut_000.*must lie in \[0, 1\]"):
+        Opened(dataset, 32)
+
+
+# Labels
+
+
+def test_labels_through_subsets_joins_and_wrappers(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder())
+    flat = FlatFolder(image_folder("flat", flat=True, classes=1))
+    assert labels(dataset).dtype == torch.int64
+    assert labels(Subset(dataset, [8, 0, 5])).tolist() == [2, 0, 1]
+    assert labels(Subset(Subset(dataset, [8, 0, 5]), [2, 0])).tolist() == [1, 2]
+    assert labels(Holding(dataset, FORMS["only views"])).tolist() == dataset.targets
+    assert labels(ConcatDataset([Subset(dataset, [8]), flat])).tolist() == [2, -1, -1, -1, -1]
+    assert labels(ConcatDataset([flat, flat])) is None
+    assert labels(flat) is None
+    assert labels(Tensors(torch.rand(3, 3, 8, 8), torch.tensor([4, 2, 0]))).tolist() == [4, 2, 0]
+    assert labels(Tensors(torch.rand(3, 3, 8, 8))) is None
+    assert labels(Bare()) is None
+    names = ("astronaut", "brick", "cat")
+    assert class_names(ConcatDataset([Subset(dataset, [8]), dataset])) == names
+    assert class_names(flat) is None
+
+
+def test_labels_are_those_that_the_host_sees(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder(), target_transform=lambda label: 2 - label)
+    assert labels(dataset).tolist() == [dataset[row][1] for row in range(len(dataset))]
+
+
+# Poisoned
+
+
+def shift(image: Tensor, key: int, label: int) -> Tensor:
+    assert key == image_key(image)
+    return image.flip(2) if label < 0 else (image.int() + 10 * label).clamp(0, 255).byte()
+
+
+def test_poisoned_changes_the_image_before_the_transform_and_nothing_else(
+    image_folder: MakeFolder,
+) -> None:
+    seen: list[Any] = []
+
+    def note(image: Any) -> Tensor:
+        seen.append(image)
+        return PIPELINE(image)
+
+    clean = ImageFolder(image_folder(), transform=note)
+    poisoned = Poisoned(clean, shift)
+    for row in (0, 6, 11):
+        torch.manual_seed(row)
+        found, label = poisoned[row]
+        expected = shift(
+            pixels(clean.samples[row][0]), image_key(pixels(clean.samples[row][0])), label
+        )
+        picture = seen.pop()
+        assert isinstance(picture, Image.Image)
+        assert torch.equal(transforms.PILToTensor()(picture), expected)
+        torch.manual_seed(row)
+        assert torch.equal(found, PIPELINE(picture))
+        assert label == clean.targets[row]
+    clean[6]
+    assert torch.equal(transforms.PILToTensor()(seen.pop()), pixels(clean.samples[6][0]))
+    assert poisoned.classes == clean.classes
+    assert labels(poisoned).tolist() == clean.targets
+
+
+def test_poisoned_keeps_the_type_of_the_image(photos: Photos) -> None:
+    images = torch.from_numpy(photos.data[:4]).permute(0, 3, 1, 2).contiguous()
+    flipped = images.flip(3)
+    unlabelled = lambda image, key, label: image.flip(2)  # noqa: E731
+    assert torch.equal(Poisoned(Tensors(images), unlabelled)[1][0], flipped[1])
+    halves = Poisoned(Tensors(images / 255.0, torch.arange(4)), unlabelled)
+    assert torch.equal(halves[2][0], flipped[2] / 255.0)
+    assert int(halves[2][1]) == 2
+    assert isinstance(Poisoned(photos, unlabelled)[0][0], Image.Image)
+    with pytest.raises(UserError, match="no image"):
+        Poisoned(Tensors(torch.arange(3)), unlabelled)[0]
+
+
+def test_poisoned_resizes_to_the_size_of_the_poison(image_folder: MakeFolder) -> None:
+    dataset = ImageFolder(image_folder(size=(50, 40)), transform=transforms.PILToTensor())
+    poisoned = Poisoned(dataset, lambda image, key, label: image, image_size=16)
+    assert torch.equal(poisoned[0][0], Canonical(16)(Image.open(dataset.samples[0][0])))
+
+
+def test_poisoned_can_be_opened_wrapped_and_given_a_transform(image_folder: MakeFolder) -> None:
+    clean = ImageFolder(image_folder(), transform=TwoViews())
+    poisoned = Poisoned(clean, shift)
+    expected = shift(pixels(clean.samples[9][0]), image_key(pixels(clean.samples[9][0])), 2)
+    opened = Opened(Subset(poisoned, [9, 3]), image_size=32)
+    assert torch.equal(opened[0].image, expected)
+    assert isinstance(opened.transform, TwoViews)
+    assert labels(Poisoned(Subset(clean, [9, 3]), shift)).tolist() == [2, 0]
+    poisoned.transform = transforms.PILToTensor()
+    assert torch.equal(poisoned[9][0], expected)
+    assert isinstance(clean.transform, TwoViews)
+    again = pickle.loads(pickle.dumps(poisoned))
+    assert torch.equal(again[9][0], expected)
+    loaded = next(iter(DataLoader(poisoned, batch_size=12, num_workers=2)))
+    assert torch.equal(loaded[0][9], expected)
+
+
+def test_poisoned_gives_unlabelled_images_the_label_minus_one(image_folder: MakeFolder) -> None:
+    folder = image_folder(flat=True)
+    poisoned = Poisoned(FlatFolder(folder, transform=transforms.PILToTensor()), shift)
+    assert torch.equal(poisoned[0][0], pixels(poisoned.samples[0][0]).flip(2))
+
+
+# Photos
+
+
+def test_photos_have_the_manner_of_torchvision() -> None:
+    train, test = Photos(train=True), Photos(train=False)
+    assert len(train.classes) == len(set(train.classes)) >= 10
+    assert train.data.dtype == np.uint8
+    assert train.data.shape == (150 * len(train.classes), 32, 32, 3)
+    assert test.data.shape == (50 * len(train.classes), 32, 32, 3)
+    assert np.bincount(train.targets).tolist() == [150] * len(train.classes)
+    image, target = train[149]
+    assert isinstance(image, Image.Image)
+    assert np.array_equal(np.array(image), train.data[149])
+    assert (target, train[150][1]) == (0, 1)
+    train.transform = transforms.ToTensor()
+    assert train[0][0].shape == (3, 32, 32)
+    assert len({image_key(torch.from_numpy(patch)) for patch in train.data}) == len(train)
+
+
+def test_photos_are_the_same_every_time_and_leave_global_randomness_alone() -> None:
+    state = random.getstate()
+    first, again = Photos(True, patches=5), Photos(True, patches=5)
+    assert random.getstate() == state
+    assert np.array_equal(first.data, again.data)
+    assert not np.array_equal(first.data, Photos(True, patches=5, seed=1).data)
+    assert Photos(False, size=48, patches=2).data.shape[1:] == (48, 48, 3)
+
+
+@pytest.mark.parametrize("name", photo_module.PHOTOGRAPHS)
+def test_train_and_test_patches_share_no_pixel(name: str) -> None:
+    """Painted on the photograph itself, whatever rule chose the places."""
+    picture = photo_module.photograph(name)
+    painted = []
+    for train, count in ((True, 150), (False, 50)):
+        canvas = np.zeros((picture.height, picture.width), dtype=bool)
+        cut = photo_module.boxes(picture.width, picture.height, train, count, f"0 {name}")
+        assert len(cut) == count
+        for left, top, side in cut:
+            assert left >= 0
+            assert top >= 0
+            assert canvas[top : top + side, left : left + side].shape == (side, side)
+            canvas[top : top + side, left : left + side] = True
+        painted.append(canvas)
+    assert not (painted[0] & painted[1]).any()
+    assert painted[0].mean() > 0.4
+    assert painted[1].mean() > 0.15
+
+
+def test_a_patch_depends_on_no_pixel_outside_its_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Painting the part for testing over changes its own patches and no others."""
+    cat = photo_module.photograph("cat")
+    before = {train: photo_module._patches("cat", train, 32, 20, 0) for train in (True, False)}
+    array = np.array(cat)
+    for y in range(cat.height):
+        for x in range(cat.width):
+            if photo_module.in_test_part(x, y, cat.width, cat.height):
+                array[y, x] = 255 - array[y, x]
+    monkeypatch.setattr(photo_module, "photograph", lambda name: Image.fromarray(array))
+    assert np.array_equal(photo_module._patches("cat", True, 32, 20, 0), before[True])
+    assert not np.array_equal(photo_module._patches("cat", False, 32, 20, 0), before[False])
+
+
+def test_photos_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="8 to 128"):
+        Photos(True, size=4)
+    with pytest.raises(UserError, match="at least one patch"):
+        Photos(True, patches=0)
+    monkeypatch.setattr(photo_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="scikit-image"):
+        Photos(True)
+
+
+# load
+
+
+def test_load_photos() -> None:
+    train, test = load("photos")
+    assert isinstance(train, Photos)
+    assert (train.train, test.train) == (True, False)
+
+
+def test_load_folders(image_folder: MakeFolder) -> None:
+    folder, other = image_folder("train"), image_folder("val", per_class=2)
+    train, test = load("custom", folder, other)
+    assert (len(train), len(test)) == (12, 6)
+    assert train[0][1] == 0
+    train.transform = PIPELINE
+    assert train[0][0].shape == (3, 24, 24)
+    assert load("imagenet100", folder)[1] is None
+
+
+def test_load_without_labels(image_folder: MakeFolder) -> None:
+    flat, nested = image_folder("flat", flat=True), image_folder("nested")
+    train, test = load("custom", flat, nested, no_labels=True)
+    assert [Path(path).name for path, _ in train.samples] == sorted(
+        file.name for file in flat.iterdir()
+    )
+    assert train[3][1] == -1
+    train.transform = PIPELINE
+    assert train[3][0].shape == (3, 24, 24)
+    assert labels(test).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(load("custom", nested, flat, no_labels=True)[1]) == 12
+
+
+def test_load_finds_files_that_are_there(small_stl10: Path) -> None:
+    train, test = load("stl10", small_stl10, small_stl10 / "nowhere")
+    assert (len(train), len(test)) == (5, 2)
+    assert labels(train).tolist() == [0, 1, 2, -1, -1]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_load_says_when_a_download_fails(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(UserError, match=rf"{name} is not in .*could not be downloaded"):
+        load(name, tmp_path / "data")
+
+
+def test_load_refuses(tmp_path: Path, image_folder: MakeFolder) -> None:
+    flat = image_folder("flat", flat=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "cats").mkdir(parents=True)
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        (("mnist", flat), "data.dataset must be one of photos, cifar10"),
+        (("custom",), "needs data.train_path"),
+        (("custom", tmp_path / "absent"), "data.train_path=.*absent is not a folder"),
+        (("custom", flat), "no class subfolders.*data.no_labels=True"),
+        (("custom", tmp_path / "empty"), "empty has no images"),
+        (("custom", tmp_path / "empty", None, True), "empty has no images"),
+        (("custom", tmp_path / "hollow"), "no valid file for the classes cats|has no images"),
+        (("custom", image_folder(), tmp_path / "absent"), "data.val_path=.*absent"),
+    ]
+    for arguments, text in cases:
+        with pytest.raises(UserError, match=text):
+            load(*arguments)
