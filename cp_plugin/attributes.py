@@ -85,20 +85,20 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._cpu = torch.get_rng_state()
-        self._devices = [
-            (backend, device, backend.get_rng_state(device))
-            for device in devices
-            if (backend := getattr(torch, device.type, None)) is not None
-            and hasattr(backend, "get_rng_state")
-        ]
+        self._devices: list[tuple[Any, tuple[torch.device, ...], Tensor]] = []
+        for device in devices:
+            backend = getattr(torch, device.type, None)
+            if hasattr(backend, "get_rng_state"):
+                where = () if device.type == "mps" else (device,)
+                self._devices.append((backend, where, backend.get_rng_state(*where)))
 
     def restore(self) -> None:
         """Put every generator back."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        for backend, device, state in self._devices:
-            backend.set_rng_state(state, device)
+        for backend, where, state in self._devices:
+            backend.set_rng_state(state, *where)
 
 
 def restore_dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["momentum", "online", "classifier"]
+Origin = Literal["momentum", "online", "view"]
 
 _CLASSIFIER_WORDS = ("classifier", "probe")
 
@@ -51,6 +53,42 @@ def roles_of(
         ):
             roles.append((candidate, "online"))
     return roles
+
+
+class Lineage:
+    """Where tensors come from, read off the autograd graph of one loss."""
+
+    def __init__(self) -> None:
+        self.momentum: set[Any] = set()
+        """Graph nodes of what the momentum branch returned."""
+        self.momentum_called = False
+        self._online: set[Any] = set()
+        self._before_networks: set[Any] = set()
+
+    def record(self, output: Any, role: Role) -> None:
+        """Note what a network returned."""
+        self.momentum_called |= role == "momentum"
+        nodes = self.momentum if role == "momentum" else self._online
+        tree = vars(output) if dataclasses.is_dataclass(output) else output
+        nodes.update(tensor.grad_fn for tensor in tensors_in(tree) if tensor.grad_fn is not None)
+
+    def origin(self, tensor: Tensor) -> Origin:
+        """Tell which branch a tensor comes from; `view` is before any network."""
+        found: Origin = "view"
+        todo: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = set()
+        while todo:
+            node = todo.pop()
+            if node in self.momentum:
+                return "momentum"
+            if node in self._online:
+                found = "online"
+            elif node is not None and node not in seen and node not in self._before_networks:
+                seen.add(node)
+                todo.extend(parent for parent, _ in node.next_functions)
+        if found == "view":
+            self._before_networks |= seen
+        return found
 
 
 def is_compiled(module: nn.Module) -> bool:

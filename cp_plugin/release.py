@@ -14,10 +14,9 @@ compiled.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from cp_plugin.branches import (
+    Lineage,
+    Origin,
     Role,
     classifiers_of,
     dependent_in,
@@ -37,11 +38,10 @@ from cp_plugin.branches import (
     written_by,
 )
 from cp_plugin.config import UserError
+from cp_plugin.gather import gather_with_gradient
 from cp_plugin.untouched import Untouched, untouched
 
 __all__ = ["Release", "Untouched", "check_release", "release", "untouched"]
-
-Origin = Literal["momentum", "online", "view"]
 
 _STOPS = frozenset({"detach", "detach_", "requires_grad_"})
 _READS = frozenset(
@@ -96,12 +96,12 @@ def check_release(released: Release, loss: Tensor, delta: Tensor) -> None:
             "host cuts every path (`.data`, `torch.inference_mode`, numpy) or does not use its "
             "views. Remove the cut from its training_step."
         )
-    outputs = released.momentum_outputs & below
+    outputs = released.lineage.momentum & below
     if not released.momentum_modules or any(
         is_node_of(node, delta) for node in graph_below(outputs)
     ):
         return
-    how = "runs, but is cut off" if released.momentum_called else "never runs"
+    how = "runs, but is cut off" if released.lineage.momentum_called else "never runs"
     raise UserError(
         "expected a loss whose gradient reaches the views through the momentum branch, but the "
         f"branch {how}: `.data` and `torch.inference_mode` cannot be undone. Remove them from the "
@@ -122,30 +122,28 @@ class Release(TorchFunctionMode):
         super().__init__()
         self.module = module
         self.momentum_modules = tuple(momentum_modules)
-        self.momentum_outputs: set[Any] = set()
-        """Graph nodes of what the momentum branch returned since the context was entered."""
-        self.momentum_called = False
+        self.lineage = Lineage()
+        """What the branches returned since the context was entered."""
         self._roles = roles_of(module, self.momentum_modules, classifiers)
-        self._online_outputs: set[Any] = set()
-        self._before_networks: set[Any] = set()
         self._patched: list[tuple[nn.Module, str, Any]] = []
         self._in_network = False
 
     def __enter__(self) -> Release:
         """Wrap the networks and start to intercept torch functions."""
-        for nodes in (self.momentum_outputs, self._online_outputs, self._before_networks):
-            nodes.clear()
-        self.momentum_called = False
+        self.lineage = Lineage()
         if self.momentum_modules:
             for module, role in self._roles:
                 self._patch(module, role)
             torch._C._push_on_torch_function_stack(self)
+            self._gather = gather_with_gradient(self._gathers)
+            self._gather.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop intercepting, unwrap the networks, leave no graph in the host's state."""
         if not self.momentum_modules:
             return
+        self._gather.__exit__(None, None, None)
         torch._C._pop_torch_function_stack()
         for module, name, own in reversed(self._patched):
             if own is None:
@@ -167,7 +165,7 @@ class Release(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
         if isinstance(first, Tensor) and first.grad_fn is not None:
-            if name in _STOPS and self._origin(first) == "momentum":
+            if name in _STOPS and self.lineage.origin(first) == "momentum":
                 return first
             if name in _READS:
                 return func(first.detach(), *args[1:], **kwargs)
@@ -178,7 +176,7 @@ class Release(TorchFunctionMode):
             keeps = bool(written and dependent_in((args, kwargs)) and self._is_state(written))
             with torch.no_grad() if keeps else nullcontext():
                 return func(*args, **kwargs)
-        origins = {self._origin(tensor) for tensor in dependent_in((args, kwargs))}
+        origins = {self.lineage.origin(tensor) for tensor in dependent_in((args, kwargs))}
         if not self._opens(origins, (args, kwargs)) or self._is_state(written):
             return func(*args, **kwargs)
         if "online" in origins:
@@ -193,32 +191,20 @@ class Release(TorchFunctionMode):
             return not any(isinstance(tensor, nn.Parameter) for tensor in tensors_in(arguments))
         return "momentum" in origins
 
+    def _gathers(self, tensor: Tensor) -> bool:
+        if self._in_network or not dependent_in(tensor):
+            return False
+        origin = self.lineage.origin(tensor)
+        return origin == "momentum" or (origin == "view" and not torch.is_grad_enabled())
+
     def _set_property(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Assign to a tensor's property; only leaves can be told to require no gradient."""
         if func.__self__.__name__ == "requires_grad" and args[0].grad_fn is not None:
             return None
         return func(*args)
 
-    def _origin(self, tensor: Tensor) -> Origin:
-        """Tell which branch a tensor comes from; `view` is before any network."""
-        found: Origin = "view"
-        todo: list[Any] = [tensor.grad_fn]
-        seen: set[Any] = set()
-        while todo:
-            node = todo.pop()
-            if node in self.momentum_outputs:
-                return "momentum"
-            if node in self._online_outputs:
-                found = "online"
-            elif node is not None and node not in seen and node not in self._before_networks:
-                seen.add(node)
-                todo.extend(parent for parent, _ in node.next_functions)
-        if found == "view":
-            self._before_networks |= seen
-        return found
-
     def _without_online(self, value: Any) -> Any:
-        online = isinstance(value, Tensor) and self._origin(value) == "online"
+        online = isinstance(value, Tensor) and self.lineage.origin(value) == "online"
         return value.detach() if online else value
 
     def _is_state(self, written: Sequence[Any]) -> bool:
@@ -236,7 +222,7 @@ class Release(TorchFunctionMode):
                     if (
                         isinstance(value, Tensor)
                         and value.grad_fn is not None
-                        and (place is module._buffers or self._origin(value) == "momentum")
+                        and (place is module._buffers or self.lineage.origin(value) == "momentum")
                     ):
                         place[name] = value.detach()
 
@@ -259,7 +245,7 @@ class Release(TorchFunctionMode):
         if self._in_network:
             return original(*args, **kwargs)
         with self._uninterrupted():
-            origins = {self._origin(tensor) for tensor in dependent_in((args, kwargs))}
+            origins = {self.lineage.origin(tensor) for tensor in dependent_in((args, kwargs))}
             on_momentum = role == "online" and "momentum" in origins
             if not on_momentum or compiled:
                 if role == "classifier":
@@ -268,15 +254,9 @@ class Release(TorchFunctionMode):
                 with torch.set_grad_enabled(torch.is_grad_enabled() or opens):
                     output = original(*args, **kwargs)
                 if not on_momentum:
-                    self._record(output, role)
+                    self.lineage.record(output, role)
                 return output
         return original(*args, **kwargs)
-
-    def _record(self, output: Any, role: Role) -> None:
-        self.momentum_called |= role == "momentum"
-        nodes = self.momentum_outputs if role == "momentum" else self._online_outputs
-        tree = vars(output) if dataclasses.is_dataclass(output) else output
-        nodes.update(tensor.grad_fn for tensor in tensors_in(tree) if tensor.grad_fn is not None)
 
     @contextmanager
     def _uninterrupted(self) -> Iterator[None]:
