@@ -87,7 +87,7 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._devices: list[tuple[Any, tuple[torch.device, ...], Tensor]] = []
         for device in devices:
-            backend = getattr(torch, device.type, None)
+            backend: Any = getattr(torch, device.type, None)
             if hasattr(backend, "get_rng_state"):
                 where = () if device.type == "mps" else (device,)
                 self._devices.append((backend, where, backend.get_rng_state(*where)))

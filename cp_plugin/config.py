@@ -177,7 +177,9 @@ def build(config_class: type[T], values: Mapping[str, Any], group: str = "poison
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {group}.{near[0]}?" if near else f"known keys: {', '.join(fields)}."
+            hint = (
+                f"did you mean {group}.{near[0]}?" if near else f"known keys: {', '.join(fields)}."
+            )
             raise UserError(f"{group}.{key} is not a setting; {hint}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and values.get(name) in (None, "???"):
@@ -243,7 +245,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
                 raise ValueError("not a whole number")
             return int(whole)
     except (TypeError, ValueError):
-        wanted = "true or false" if bool in kinds else "a number" if float in kinds else "an integer"
+        wanted = (
+            "true or false" if bool in kinds else "a number" if float in kinds else "an integer"
+        )
         raise UserError(f"{name} must be {wanted}, got {value!r}.") from None
     return value
 

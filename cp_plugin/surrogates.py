@@ -90,7 +90,8 @@ def _create(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(architecture, num_classes=0, **kwargs)
     except Exception as error:  # whatever a constructor among a thousand says of its arguments
         raise UserError(
-            f"timm cannot build {architecture} with backbone.kwargs {kwargs}: {error}"
+            f"timm cannot build {architecture} with backbone.kwargs {kwargs}: {error}; leave out "
+            "what it does not take (~backbone.kwargs leaves out all)."
         ) from error
     return model
 

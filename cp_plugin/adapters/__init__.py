@@ -1,0 +1,1 @@
+"""Frameworks behind the protocol of `cp_plugin.host`."""

@@ -1,0 +1,113 @@
+"""kNN on frozen features while a model trains."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.banks import Bank
+from cp_plugin.callbacks.base import Callback
+from cp_plugin.callbacks.feed import training_loader
+from cp_plugin.config import MonitorConfig, UserError, build
+from cp_plugin.data import Opened
+from cp_plugin.evaluate import KnnResult, knn
+from cp_plugin.mirror import mirror
+
+
+class KNNMonitor(Callback):
+    """Log the accuracy of a kNN on frozen features, on the clean and on the poisoned bank.
+
+    The bank is the training set and the queries are the validation set, both without augmentation.
+    With a poison in the run (`CraftPoison`, `InjectPoison`) the bank is used twice: untouched, and as
+    the victim has it. Logged as `knn_clean_bank` and `knn_poisoned_bank`, in percent.
+    """
+
+    def __init__(self, bank: Any = None, query: Any = None, **settings: Any) -> None:
+        """Take the data sets and the settings.
+
+        Args:
+            bank: labelled data set; None: the training set.
+            query: labelled data set; None: the validation set.
+            settings: those of `cp_plugin.config.MonitorConfig`, by name.
+
+        Raises:
+            UserError: an unknown setting or a value out of range.
+        """
+        super().__init__()
+        self.config = build(MonitorConfig, settings, "monitor")
+        self._datasets = (bank, query)
+        self.results: list[dict[str, Any]] = []
+        """One entry an evaluation: epoch, step, seconds and the two accuracies with k and T."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Read both data sets once.
+
+        Raises:
+            UserError: there is no validation set, or a data set has no labels.
+        """
+        bank, query = self._datasets
+        bank = training_loader(trainer).dataset if bank is None else bank
+        bank = bank.dataset if isinstance(bank, Opened) else bank
+        if query is None:
+            loader = trainer.val_dataloaders
+            if loader is None:
+                raise UserError(
+                    "the kNN monitor needs labelled test images and there is no validation set; "
+                    "pass query=… (data.val_path=… in a configuration) or leave the monitor out."
+                )
+            query = loader.dataset
+        pipeline = Opened(bank, None).transform
+        twin = mirror(pipeline).to(pl_module.device)
+        poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
+        self._poison = poisons[0] if poisons else None
+        size = twin.crop_size
+        self._normalize = twin.normalize
+        self._bank, self._query = Bank.clean(bank, size), Bank.clean(query, size)
+        self._host = LightningHost(
+            pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
+        )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate every n epochs."""
+        if (trainer.current_epoch + 1) % self.config.every_n_epochs == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate the trained model, unless the last epoch did."""
+        if not self.results or self.results[-1]["step"] != trainer.global_step:
+            self._evaluate(trainer, None)
+
+    def _evaluate(self, trainer: Any, module_to_log: Any) -> None:
+        start = time.perf_counter()
+        query = self._features(self._query)
+        results = {"knn_clean_bank": self._knn(self._bank, query)}
+        if self._poison is not None:
+            results["knn_poisoned_bank"] = self._knn(self._bank.poisoned(self._poison()), query)
+        for name, result in results.items():
+            if module_to_log is not None:
+                module_to_log.log(name, result.accuracy, prog_bar=True, batch_size=1)
+        clean = results["knn_clean_bank"]
+        self.results.append(
+            {
+                "epoch": trainer.current_epoch,
+                "step": trainer.global_step,
+                "seconds": time.perf_counter() - start,
+                "k": clean.k,
+                "temperature": clean.temperature,
+                **{name: result.accuracy for name, result in results.items()},
+            }
+        )
+
+    def _features(self, bank: Bank) -> Any:
+        return bank.features(self._host.encode, self._normalize, self._host.device)
+
+    def _knn(self, bank: Bank, query: Any) -> KnnResult:
+        return knn(
+            self._features(bank),
+            bank.labels,
+            query,
+            self._query.labels,
+            self.config.k,
+            self.config.temperature,
+        )

@@ -1,0 +1,76 @@
+"""How far a run is: one bar for all its epochs, or a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cp_plugin.callbacks.base import Callback
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class RunProgress(Callback):
+    """Show steps, losses and accuracies of a run on standard error."""
+
+    def __init__(self, title: str) -> None:
+        """Name the run."""
+        super().__init__()
+        self._title = title
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._last_line = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the bar."""
+        self._total = int(trainer.estimated_stepping_batches)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} steps"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, metrics="")
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        step = trainer.global_step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, metrics=_metrics(trainer))
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print_line = f"{self._title}: step {step}/{self._total} {_metrics(trainer)}"
+            self._console.print(print_line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the bar."""
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar, so that the error stands alone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _metrics(trainer: Any) -> str:
+    names = {"train_loss": "loss", "cp_noise_loss": "noise loss"}
+    metrics = trainer.callback_metrics
+    shown = [f"{text} {float(metrics[key]):.3f}" for key, text in names.items() if key in metrics]
+    for key, text in (("knn_clean_bank", "kNN"), ("knn_poisoned_bank", "kNN poisoned")):
+        if key in metrics:
+            shown.append(f"{text} {float(metrics[key]):.1f} %")
+    return ", ".join(shown)

@@ -1,0 +1,109 @@
+"""Measuring a trained run of the embedded engine: its checkpoint, its data, its poison."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.banks import Bank
+from cp_plugin.config import UserError
+from cp_plugin.data import load
+from cp_plugin.engine import METHODS, build_pipeline
+from cp_plugin.evaluate import knn, linear_probe
+from cp_plugin.mirror import mirror
+from cp_plugin.poison import Poison
+from cp_plugin.pretrain import CHECKPOINT, CONFIG_FILE, POISON_FILE
+
+
+def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
+    """Return the trained module, on the CPU, and its configuration.
+
+    Args:
+        checkpoint: a `.ckpt` file of the embedded engine, or the folder of a run.
+
+    Raises:
+        UserError: it is missing, damaged, or was not made by the embedded engine.
+    """
+    path = checkpoint / f"{CHECKPOINT}.ckpt" if checkpoint.is_dir() else checkpoint
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = OmegaConf.create(saved["hyper_parameters"]["cfg"])
+        image_size = saved["hyper_parameters"]["image_size"]
+    except Exception as error:  # torch.load has no error class of its own for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is no checkpoint of the embedded engine, or it is damaged ({reason})."
+        ) from error
+    assert isinstance(cfg, DictConfig)
+    module = METHODS[cfg.method](cfg, image_size)
+    module.load_state_dict(saved["state_dict"])
+    return module.eval(), cfg
+
+
+def poison_of(folder: Path) -> Poison | None:
+    """Return the poison that a run made or was trained on, None for a clean run."""
+    if (folder / POISON_FILE).is_file():
+        return Poison.load(folder / POISON_FILE)
+    config = folder / CONFIG_FILE
+    path = OmegaConf.select(OmegaConf.load(config), "poison.path") if config.is_file() else None
+    return Poison.load(path) if path else None
+
+
+def evaluate(
+    checkpoint: Path,
+    poison: Poison | None = None,
+    k: int | None = None,
+    temperature: float = 0.07,
+    probe: bool = True,
+    data: Path | None = None,
+    test: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure an encoder by kNN and linear probe on the clean and on the poisoned bank.
+
+    Args:
+        checkpoint: a checkpoint or the folder of a run.
+        poison: of the poisoned bank; None: the run's own, if it has one.
+        k: neighbours; None: 200, or 20 where the bank has fewer than 5,000 images.
+        temperature: of the votes.
+        probe: fit linear probes too.
+        data: another folder of images as the bank; None: the run's training set.
+        test: another folder of images as queries; None: the run's test set.
+
+    Returns:
+        One row a bank: `bank`, `knn` and `linear` with their settings, accuracies in percent.
+
+    Raises:
+        UserError: checkpoint, data set or poison cannot be used.
+    """
+    module, cfg = load_run(checkpoint)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    poison = poison or poison_of(folder)
+    source = cfg.data
+    name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
+    train, tests = load(name, path, test or source.val_path, source.no_labels)
+    if tests is None:
+        raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
+    twin = mirror(build_pipeline(cfg))
+    host = LightningHost(module, lambda sample, _: sample, ())
+    clean, query = Bank.clean(train, twin.crop_size), Bank.clean(tests, twin.crop_size)
+    query_features = query.features(host.encode, twin.normalize)
+    banks = {"clean": clean}
+    if poison is not None:
+        poison.check_classes(clean.classes)
+        banks["poisoned"] = clean.poisoned(poison)
+    rows = []
+    for bank_name, bank in banks.items():
+        found = bank.features(host.encode, twin.normalize)
+        sets = (found, bank.labels, query_features, query.labels)
+        row = {"bank": bank_name, "knn": asdict(knn(*sets, k=k, temperature=temperature))}
+        if probe:
+            row["linear"] = asdict(linear_probe(*sets, seed=cfg.seed))
+        rows.append(row)
+    return rows

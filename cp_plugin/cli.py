@@ -1,0 +1,167 @@
+"""The command line: `cp-plugin demo | pretrain | evaluate | export | inspect | import`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from cp_plugin.config import UserError, number
+
+app = typer.Typer(
+    help="Contrastive poisoning for self-supervised learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for everything the demo makes.")] = Path(
+        "cp-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the whole demo.")] = 0,
+) -> None:
+    """Craft CP-C and CP-S on embedded photographs, train victims, and show what the poisons did."""
+    from cp_plugin.demo import demo as run_demo
+
+    run_demo(out, seed)
+
+
+@app.command(context_settings=PASS_ON)
+def pretrain(context: typer.Context) -> None:
+    """Train on the embedded engine, by Hydra: `--config-name simclr +poison=cp +monitor=knn`."""
+    from cp_plugin.hydra_app import main as run_hydra
+
+    run_hydra(context.args)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    poison: Annotated[Path | None, typer.Option(help="Poison of the poisoned bank.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Another folder of images as bank.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Another folder of test images.")] = None,
+    k: Annotated[int | None, typer.Option(help="Neighbours.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Measure an encoder: kNN and linear probe, on the clean and on the poisoned bank."""
+    from cp_plugin.checkpoints import evaluate as measure
+    from cp_plugin.poison import Poison
+
+    chosen = Poison.load(poison) if poison else None
+    rows = measure(checkpoint, chosen, k, temperature, data=data, test=test)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("bank", "kNN", "k", "T", "distance", "linear, last", "linear, best", "images")
+    for row in rows:
+        near, linear = row["knn"], row["linear"]
+        table.add_row(
+            row["bank"],
+            f"{near['accuracy']:.1f} %",
+            str(near["k"]),
+            str(near["temperature"]),
+            near["distance"],
+            f"{linear['last']:.1f} %",
+            f"{linear['best']:.1f} %",
+            str(near["bank_size"]),
+        )
+    Console().print(table)
+
+
+@app.command()
+def export(
+    poison: Annotated[Path, typer.Argument(help="The poison file.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Clean images; default: the run's own data set.")
+    ] = None,
+) -> None:
+    """Write the poisoned images as an image folder of 8-bit PNG files."""
+    from cp_plugin.transfer import export as write
+
+    print(f"{write(poison, out, data)} poisoned images in {out}")
+
+
+@app.command()
+def inspect(
+    poison: Annotated[Path, typer.Argument(help="The poison file.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to write; default: beside the poison.")
+    ] = None,
+) -> None:
+    """Show what a poison file holds, check its budget and draw it."""
+    from cp_plugin.pictures import picture_of_rows
+    from cp_plugin.poison import Poison, largest_change
+
+    found = Poison.load(poison)
+    table = Table("field", "value", show_header=False)
+    largest = largest_change(found)
+    shape = " x ".join(map(str, found.perturbation.shape))
+    facts: dict[str, Any] = {
+        "granularity": found.granularity,
+        "rows": f"{len(found.perturbation)} of {shape}, {found.perturbation.stored.dtype}",
+        "budget": f"eps {255 * found.eps:.2f}/255, largest change {255 * largest:.2f}/255: kept",
+        "classes": ", ".join(found.classes) if found.classes else "-",
+        **found.info,
+    }
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    table.add_row("picture", str(picture_of_rows(found, picture or poison.with_suffix(".png"))))
+    Console().print(table)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="The authors' .pth file.")],
+    out: Annotated[Path, typer.Argument(help="The poison file to write, .safetensors.")],
+    dataset: Annotated[str, typer.Option(help="As data.dataset.")] = "cifar10",
+    data: Annotated[Path | None, typer.Option(help="Where the data set is.")] = None,
+    eps: Annotated[str, typer.Option(help="Budget of the poison, in [0, 1].")] = "8/255",
+) -> None:
+    """Convert a poison of the authors' code (github.com/kaiwenzha/contrastive-poisoning)."""
+    from cp_plugin.transfer import import_poison
+
+    try:
+        budget = number(eps)
+    except ValueError:
+        raise UserError(f"--eps must be a number such as 8/255, got {eps!r}.") from None
+    poison = import_poison(file, out, dataset, data, budget)
+    print(f"{len(poison.perturbation)} rows, one a {poison.granularity}, in {out}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    _quiet()
+    try:
+        app()
+    except UserError as error:
+        sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
+        print(f"cp-plugin: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Show the project's own messages, and of the libraries' only warnings that a user can act on."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("cp_plugin").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+if __name__ == "__main__":
+    main()
