@@ -1,0 +1,114 @@
+"""Gaussian blur as the hosts compute it: linear, so a matrix along each axis.
+
+Pillow's `GaussianBlur` is three box blurs of fractional radius with the border pixel repeated
+(Pillow, `BoxBlur.c`; Gwosdek et al., SSVM 2011). torchvision's is a sampled Gaussian with a
+reflected border.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cp_plugin.config import UserError
+from cp_plugin.mirror.operation import Operation, Params, Shape, uniform
+from cp_plugin.mirror.resample import separable
+
+PASSES = 3
+
+
+class PillowBlur(Operation):
+    """`ImageFilter.GaussianBlur` with a radius drawn uniformly (solo-learn, Lightly)."""
+
+    commutes_with_flips: bool = True
+
+    def __init__(self, sigma: tuple[float, float], name: str | None = None) -> None:
+        super().__init__(name)
+        self.sigma = sigma
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `sigma` (B,) in pixels."""
+        return {"sigma": uniform(shape.count, *self.sigma, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Blur."""
+        radius = box_radius(params["sigma"]).to(images.dtype)
+        height, width = images.shape[-2:]
+        columns = torch.matrix_power(box_matrix(radius, width), PASSES)
+        rows = columns
+        if height != width:
+            rows = torch.matrix_power(box_matrix(radius, height), PASSES)
+        return separable(images, rows, columns)
+
+
+def box_radius(sigma: Tensor) -> Tensor:
+    """Return the fractional radius of three boxes that together have deviation sigma."""
+    variance = sigma * sigma / PASSES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + part / (6 * (variance - (whole + 1) ** 2))
+
+
+def box_matrix(radius: Tensor, size: int) -> Tensor:
+    """Return the matrix of one box blur with repeated borders.
+
+    Args:
+        radius: (B,) in pixels, fractional.
+        size: pixels along the axis.
+
+    Returns:
+        (B, size, size).
+    """
+    index = torch.arange(size, device=radius.device, dtype=radius.dtype)
+    reach = radius[:, None] + 1
+    distance = (index[:, None] - index).abs_()
+    matrix = (reach[:, :, None] - distance).clamp_(0, 1)
+    matrix[:, :, 0] = (reach - index).clamp_(min=0)
+    matrix[:, :, -1] = (reach - (size - 1 - index)).clamp_(min=0)
+    return matrix / (2 * radius + 1)[:, None, None]
+
+
+class TensorBlur(Operation):
+    """torchvision's `GaussianBlur`: a kernel of fixed size, reflected borders."""
+
+    commutes_with_flips: bool = True
+
+    def __init__(
+        self, kernel_size: tuple[int, int], sigma: tuple[float, float], name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self.kernel_size = kernel_size
+        self.sigma = sigma
+
+    def check(self, shape: Shape) -> None:
+        """Refuse images too small for a reflected border."""
+        if self.kernel_size[0] // 2 >= shape.width or self.kernel_size[1] // 2 >= shape.height:
+            raise UserError(
+                f"{self.name} expected images larger than half its kernel of {self.kernel_size} "
+                f"pixels, got {shape.height}x{shape.width}: take a smaller kernel."
+            )
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `sigma` (B,) in pixels."""
+        return {"sigma": uniform(shape.count, *self.sigma, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Blur."""
+        sigma = params["sigma"].to(images.dtype)
+        height, width = images.shape[-2:]
+        columns = reflected_matrix(sigma, self.kernel_size[0], width)
+        rows = reflected_matrix(sigma, self.kernel_size[1], height)
+        return separable(images, rows, columns)
+
+
+def reflected_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
+    """Return the matrix (B, size, size) of a sampled Gaussian with reflected borders."""
+    half = kernel_size // 2
+    offset = torch.arange(-half, half + 1, device=sigma.device, dtype=sigma.dtype)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    source = torch.arange(size, device=sigma.device)[:, None] + offset.long()
+    source = (size - 1) - ((size - 1) - source.abs()).abs()
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    index = source.expand(len(sigma), size, kernel_size)
+    return matrix.scatter_add_(2, index, kernel[:, None].expand_as(index))

@@ -1,0 +1,94 @@
+"""Grey, normalising and other changes that are affine in a pixel's channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cp_plugin.config import UserError
+from cp_plugin.mirror.operation import Operation, Params, Shape, Stage, chance
+
+GREY_PILLOW = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in Pillow's mode `L` (ITU-R 601-2)."""
+GREY_TENSOR = (0.2989, 0.587, 0.114)
+"""The same in torchvision's functions for tensors."""
+
+
+def grey_weights(stage: Stage) -> Tensor:
+    """Return the host's grey weights (3,) in float64."""
+    weights = GREY_PILLOW if stage is Stage.PILLOW else GREY_TENSOR
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def mix_channels(images: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Multiply the channels of every pixel with a matrix.
+
+    Args:
+        images: (B, C, H, W).
+        matrix: (B, C, C).
+        offset: (C,) added afterwards, or None.
+
+    Returns:
+        (B, C, H, W).
+    """
+    flat = images.flatten(2)
+    if offset is None:
+        return torch.bmm(matrix, flat).view_as(images)
+    return torch.baddbmm(offset[None, :, None], matrix, flat).view_as(images)
+
+
+class RandomGrayscale(Operation):
+    """Three equal channels, with probability p (torchvision `RandomGrayscale`, `Grayscale`)."""
+
+    needs_colour: ClassVar[bool] = True
+    commutes_with_flips: bool = True
+
+    def __init__(self, p: float, stage: Stage = Stage.PILLOW, name: str | None = None) -> None:
+        super().__init__(name)
+        self.p = p
+        self.stage = stage
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `applied` (B,)."""
+        return self.prepare(chance(shape.count, self.p, generator))
+
+    def prepare(self, applied: Tensor) -> Params:
+        """Turn the choice into the `matrix` (B, 3, 3) that `apply` multiplies with."""
+        grey = grey_weights(self.stage).expand(3, 3)
+        keep = torch.eye(3, dtype=torch.float64)
+        return {"applied": applied, "matrix": torch.where(applied[:, None, None], grey, keep)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Convert the images chosen."""
+        return mix_channels(images, params["matrix"].to(images.dtype))
+
+
+class Normalize(Operation):
+    """(x - mean) / std for each channel (torchvision `Normalize`)."""
+
+    commutes_with_flips: bool = True
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse images with another number of channels than mean and std have."""
+        for values in (self.mean, self.std):
+            if len(values) not in (1, shape.channels):
+                raise UserError(
+                    f"{self.name} expected images with {len(values)} channels, as many as its "
+                    f"mean and std have values, got {shape.channels}."
+                )
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Normalise."""
+        mean = images.new_tensor(self.mean)[:, None, None]
+        std = images.new_tensor(self.std)[:, None, None]
+        return (images - mean) / std

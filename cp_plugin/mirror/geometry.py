@@ -1,0 +1,203 @@
+"""Crops, resizes and flips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cp_plugin.config import UserError
+from cp_plugin.mirror.operation import Operation, Params, Shape, Stage, chance, uniform, whole
+from cp_plugin.mirror.resample import resize_weights, separable
+
+ATTEMPTS = 10
+"""How often torchvision draws a crop before it takes the whole image."""
+
+
+class RandomResizedCrop(Operation):
+    """A box of random area and aspect, resized (torchvision `RandomResizedCrop`), then flipped.
+
+    Flips are part of it, since they cost nothing here: with probability `flip_horizontal` and
+    `flip_vertical`.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: Sequence[float],
+        ratio: Sequence[float],
+        filter_name: str = "bilinear",
+        stage: Stage = Stage.PILLOW,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.size = size
+        self.scale = (float(scale[0]), float(scale[1]))
+        self.ratio = (float(ratio[0]), float(ratio[1]))
+        self.filter_name = filter_name
+        self.stage = stage
+        self.flip_horizontal = 0.0
+        self.flip_vertical = 0.0
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape after the crop."""
+        return shape.resized(*self.size)
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `top`, `left`, `height`, `width` in pixels, and `flip_x`, `flip_y`."""
+        params = draw_boxes(shape, self.scale, self.ratio, generator)
+        params["flip_x"] = chance(shape.count, self.flip_horizontal, generator)
+        params["flip_y"] = chance(shape.count, self.flip_vertical, generator)
+        return params
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Crop, resize and flip."""
+        boxes = {key: params[key].to(images.dtype) for key in ("top", "left", "height", "width")}
+        height, width = images.shape[-2:]
+        flip_x = params["flip_x"] if self.flip_horizontal else None
+        flip_y = params["flip_y"] if self.flip_vertical else None
+        rows = resize_weights(
+            boxes["top"], boxes["height"], height, self.size[0], self.filter_name, flip_y
+        )
+        columns = resize_weights(
+            boxes["left"], boxes["width"], width, self.size[1], self.filter_name, flip_x
+        )
+        overshoots = self.filter_name in ("bicubic", "lanczos")
+        return separable(images, rows, columns, clamp=self.stage.rounds and overshoots)
+
+
+def draw_boxes(
+    shape: Shape,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator | None,
+) -> Params:
+    """Draw boxes as torchvision does: ten attempts, then the largest central one."""
+    count, _, height, width = shape
+    area = uniform((count, ATTEMPTS), scale[0], scale[1], generator) * height * width
+    low, high = torch.log(torch.tensor(ratio, dtype=torch.float64)).tolist()
+    aspect = torch.exp(uniform((count, ATTEMPTS), low, high, generator))
+    widths, heights = (area * aspect).sqrt_().round_(), (area / aspect).sqrt_().round_()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    central = central_box(height, width, ratio)
+    found = fits.any(1)
+    box_width = torch.where(found, widths.gather(1, first)[:, 0].long(), central[1])
+    box_height = torch.where(found, heights.gather(1, first)[:, 0].long(), central[0])
+    top, left = height - box_height, width - box_width
+    return {
+        "top": torch.where(found, whole(top + 1, generator), top // 2),
+        "left": torch.where(found, whole(left + 1, generator), left // 2),
+        "height": box_height,
+        "width": box_width,
+    }
+
+
+def central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+    """Return the height and width of the largest box within the ratios."""
+    if width / height < min(ratio):
+        return round(width / min(ratio)), width
+    if width / height > max(ratio):
+        return height, round(height * max(ratio))
+    return height, width
+
+
+class Resize(Operation):
+    """Resize to a fixed size, or the shorter side to one number (torchvision `Resize`)."""
+
+    def __init__(
+        self,
+        size: int | tuple[int, int] | None,
+        max_size: int | None = None,
+        filter_name: str = "bilinear",
+        stage: Stage = Stage.PILLOW,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.size = size
+        self.max_size = max_size
+        self.filter_name = filter_name
+        self.stage = stage
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape after resizing."""
+        if isinstance(self.size, tuple):
+            return shape.resized(*self.size)
+        short, long = sorted((shape.height, shape.width))
+        wanted = self.max_size if self.size is None else self.size
+        assert wanted is not None
+        new_short, new_long = wanted, int(wanted * long / short)
+        if self.max_size is not None and (self.size is None or new_long > self.max_size):
+            new_short, new_long = int(self.max_size * short / long), self.max_size
+        if shape.height <= shape.width:
+            return shape.resized(new_short, new_long)
+        return shape.resized(new_long, new_short)
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Resize."""
+        _, _, height, width = images.shape
+        _, _, new_height, new_width = self.output_shape(Shape(*images.shape))
+        if (height, width) == (new_height, new_width):
+            return images
+        zero = images.new_zeros(1)
+        rows = resize_weights(zero, zero + height, height, new_height, self.filter_name, None)
+        columns = resize_weights(zero, zero + width, width, new_width, self.filter_name, None)
+        overshoots = self.filter_name in ("bicubic", "lanczos")
+        return separable(images, rows, columns, clamp=self.stage.rounds and overshoots)
+
+
+class CenterCrop(Operation):
+    """The central pixels (torchvision `CenterCrop`)."""
+
+    def __init__(self, size: tuple[int, int], name: str | None = None) -> None:
+        super().__init__(name)
+        self.size = size
+
+    def check(self, shape: Shape) -> None:
+        """Refuse images smaller than the crop."""
+        super().check(shape)
+        check_fits(self.name, self.size, (shape.height, shape.width))
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape after the crop."""
+        return shape.resized(*self.size)
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Crop."""
+        height, width = self.size
+        top = round((images.shape[-2] - height) / 2)
+        left = round((images.shape[-1] - width) / 2)
+        return images[:, :, top : top + height, left : left + width]
+
+
+class Flip(Operation):
+    """Mirror images left to right or top to bottom with probability p."""
+
+    def __init__(self, dim: int, p: float, name: str | None = None) -> None:
+        super().__init__(name)
+        self.dim = dim
+        self.p = p
+
+    commutes_with_flips: bool = True
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `flip`, one truth value an image."""
+        return {"flip": chance(shape.count, self.p, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Flip the images chosen."""
+        return torch.where(params["flip"][:, None, None, None], images.flip(self.dim), images)
+
+
+def check_fits(name: str, crop: tuple[int, int], image: tuple[int, int]) -> None:
+    """Refuse a crop that is larger than the image.
+
+    Raises:
+        UserError: naming the operation and both sizes.
+    """
+    if crop[0] > image[0] or crop[1] > image[1]:
+        raise UserError(
+            f"{name} expected images of at least {crop[0]}x{crop[1]} pixels, got "
+            f"{image[0]}x{image[1]}: take a smaller crop, larger images, or pad first."
+        )

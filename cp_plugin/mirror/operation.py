@@ -1,0 +1,142 @@
+"""What every operation of a mirror is: draws apart from pixels, and a declared gradient.
+
+Legend of shapes: B images, C channels, H x W pixels in, h x w pixels out. Pixels live in [0, 1].
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cp_plugin.config import UserError
+
+Params = dict[str, Any]
+Gradient = Literal["exact", "straight_through"]
+LEVEL = 1 / 255
+"""One step of an 8-bit image, in [0, 1]."""
+
+
+class Stage(Enum):
+    """What the host holds when an operation runs: it decides how the host rounds."""
+
+    PILLOW = "a Pillow image"
+    BYTES = "a uint8 tensor"
+    FLOAT = "a float tensor"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether every operation ends in whole 8-bit levels within [0, 1]."""
+        return self is not Stage.FLOAT
+
+
+class Shape(NamedTuple):
+    """Shape of a batch."""
+
+    count: int
+    channels: int
+    height: int
+    width: int
+
+    def resized(self, height: int, width: int) -> Shape:
+        """Return the same batch with other pixels."""
+        return self._replace(height=height, width=width)
+
+
+class Operation(nn.Module):
+    """One transform of the host: `sample` draws for a whole batch, `apply` is a pure function.
+
+    A twin for a class of your own subclasses this, sets `gradient`, and overrides `apply` and,
+    where it draws anything, `sample`; `register_twin` then makes `mirror` use it.
+    """
+
+    gradient: ClassVar[Gradient] = "exact"
+    """`exact`: the derivative of what `apply` computes; `straight_through`: the identity."""
+    needs_colour: ClassVar[bool] = False
+    """Whether the operation is defined on three channels only."""
+    commutes_with_flips: bool = False
+    """Whether flipping before or after makes no difference to the result."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name or type(self).__name__
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape that `apply` gives for images of `shape`."""
+        return shape
+
+    def check(self, shape: Shape) -> None:
+        """Refuse images that the operation is not defined on.
+
+        Raises:
+            UserError: wrong channel count, or a crop larger than the image.
+        """
+        if self.needs_colour and shape.channels != 3:
+            raise UserError(
+                f"{self.name} expected images with 3 channels, got {shape.channels}: "
+                "convert them to RGB first."
+            )
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw the parameters of `shape.count` images, on the CPU.
+
+        Args:
+            shape: of the images that `apply` will get.
+            generator: source of randomness on the CPU; None: torch's default one.
+
+        Returns:
+            A dictionary of tensors whose first dimension is B, and of what follows from them.
+        """
+        return {}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Transform images (B, C, H, W) in [0, 1] with parameters that `sample` drew.
+
+        Returns:
+            (B, C, h, w), same dtype and device.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw and apply."""
+        shape = Shape(*images.shape)
+        self.check(shape)
+        return self.apply(images, moved(self.sample(shape, generator), images.device))
+
+    def extra_repr(self) -> str:
+        """Name of the host's class and the declared gradient."""
+        return f"{self.name}, gradient={self.gradient}"
+
+
+def uniform(
+    count: int | tuple[int, ...], low: float, high: float, generator: torch.Generator | None
+) -> Tensor:
+    """Draw float64 numbers in [low, high) on the CPU."""
+    draws = torch.rand(count, generator=generator, dtype=torch.float64)
+    return low + (high - low) * draws
+
+
+def whole(highs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw, for each entry n of `highs`, an integer in [0, n)."""
+    draws = torch.rand(highs.shape, generator=generator, dtype=torch.float64)
+    return (draws * highs).floor().to(torch.int64)
+
+
+def chance(count: int, p: float, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` truth values that are true with probability p."""
+    return torch.rand(count, generator=generator, dtype=torch.float64) < p
+
+
+def moved(params: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Copy nested parameters to a device without waiting for it; float64 becomes `dtype`."""
+    if isinstance(params, Tensor):
+        if dtype is not None and params.is_floating_point():
+            return params.to(device, dtype, non_blocking=True)
+        return params.to(device, non_blocking=True)
+    if isinstance(params, dict):
+        return {key: moved(value, device, dtype) for key, value in params.items()}
+    if isinstance(params, (list, tuple)):
+        return type(params)(moved(value, device, dtype) for value in params)
+    return params

@@ -1,0 +1,188 @@
+"""The mirror: several views of a batch of images, differentiable, as the host would make them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cp_plugin.config import UserError
+from cp_plugin.mirror.colour import Normalize
+from cp_plugin.mirror.containers import Sequence
+from cp_plugin.mirror.geometry import CenterCrop, RandomResizedCrop, Resize
+from cp_plugin.mirror.operation import Operation, Params, Shape, moved
+from cp_plugin.mirror.translate import Translator
+from cp_plugin.mirror.twins_hosts import view_hosts
+
+TOLERANCE = 1e-4
+"""How far outside [0, 1] a pixel may be, for rounding."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Mirror(nn.Module):
+    """Differentiable twin of a host's augmentation pipeline.
+
+    Calling it draws and applies; `sample` and `apply` are its two halves. It computes in float32,
+    in float64 for float64 images, and ignores autocast; views have the dtype and memory format of
+    the images. Parameters are drawn on the CPU, so that nothing waits for a GPU.
+    """
+
+    def __init__(self, pipelines: list[Operation]) -> None:
+        super().__init__()
+        self.pipelines = nn.ModuleList(pipelines)
+        self._seen_devices: set[torch.device] = set()
+
+    @property
+    def views(self) -> int:
+        """Number of views."""
+        return len(self.pipelines)
+
+    @property
+    def crop_size(self) -> int | None:
+        """Side in pixels of the largest view, None where the pipeline keeps the image's size."""
+        sizes = [size for view in self._pipelines() if (size := _final_size(view)) is not None]
+        return max(sizes, default=None)
+
+    def forward(
+        self, images: Tensor, generator: torch.Generator | None = None, check: bool = False
+    ) -> list[Tensor]:
+        """Draw and apply.
+
+        Args:
+            images: (B, C, H, W) floating point in [0, 1].
+            generator: on the CPU; None: torch's default one.
+            check: look at the pixels on a GPU at every call, not only the first (it waits).
+
+        Returns:
+            One (B, C, h, w) a view, normalised as the host does it.
+
+        Raises:
+            UserError: as `sample` and `apply`.
+        """
+        return self.apply(images, self.sample(images, generator), check)
+
+    @torch.no_grad()
+    def sample(self, images: Tensor, generator: torch.Generator | None = None) -> list[Params]:
+        """Draw the parameters of every view and image, and move them to the images' device.
+
+        Raises:
+            UserError: images of a shape that some operation is not defined on, or a generator
+                that is not on the CPU.
+        """
+        shape = self._shape(images)
+        if generator is not None and generator.device.type != "cpu":
+            raise UserError(
+                f"the mirror draws on the CPU, got a generator on {generator.device}: pass "
+                "torch.Generator() without a device."
+            )
+        drawn = [view.sample(shape, generator) for view in self._pipelines()]
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        moved_params: list[Params] = moved(drawn, images.device, dtype)
+        return moved_params
+
+    def apply(self, images: Tensor, params: list[Params], check: bool = False) -> list[Tensor]:  # type: ignore[override]
+        """Transform images with parameters that `sample` drew for a batch of this shape.
+
+        Raises:
+            UserError: images of another shape, with NaN or outside [0, 1].
+        """
+        self._shape(images)
+        self._check_values(images, check)
+        if len(params) != self.views:
+            raise UserError(f"expected parameters of {self.views} views, got {len(params)}.")
+        precise = images if images.dtype == torch.float64 else images.float()
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        channels_last = last and not images.is_contiguous()
+        with torch.autocast(images.device.type, enabled=False):
+            planar = precise.contiguous()
+            views = [
+                view.apply(planar, drawn)
+                for view, drawn in zip(self._pipelines(), params, strict=True)
+            ]
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return [view.to(images.dtype, memory_format=layout) for view in views]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one."""
+        for view in reversed(self._pipelines()):
+            for step in reversed(list(view.modules())):
+                if isinstance(step, Normalize):
+                    return step.apply(images, {})
+        return images
+
+    def _pipelines(self) -> list[Operation]:
+        return [view for view in self.pipelines if isinstance(view, Operation)]
+
+    def _shape(self, images: Tensor) -> Shape:
+        """Check what can be seen without looking at pixels."""
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.dtype not in DTYPES:
+            came = (
+                f"{tuple(images.shape)} {images.dtype}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise UserError(
+                "the mirror expected floating-point images (B, C, H, W) in [0, 1], got "
+                f"{came}: stack the images and divide bytes by 255."
+            )
+        shape = Shape(*images.shape)
+        for view in self._pipelines():
+            view.check(shape)
+        return shape
+
+    def _check_values(self, images: Tensor, check: bool) -> None:
+        if images.device.type != "cpu" and not check:
+            if images.device in self._seen_devices:
+                return
+            self._seen_devices.add(images.device)
+        if images.numel() == 0:
+            return
+        low, high = (float(value) for value in images.detach().aminmax())
+        if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+            return
+        first = self._first_name()
+        if low != low:
+            raise UserError(f"{first} expected images in [0, 1], got NaN: check what made them.")
+        raise UserError(
+            f"{first} expected images in [0, 1], got pixels from {low:.4g} to {high:.4g}: divide "
+            "bytes by 255, and normalise nothing beforehand; the mirror does it."
+        )
+
+    def _first_name(self) -> str:
+        first = self._pipelines()[0]
+        while isinstance(first, Sequence) and len(first.operations):
+            first = first.steps()[0]
+        return first.name
+
+
+def mirror(pipeline: object) -> Mirror:
+    """Make the differentiable twin of a host's augmentation pipeline.
+
+    Args:
+        pipeline: torchvision's `Compose` (v1 or v2) or one of its transforms, solo-learn's
+            `FullTransformPipeline` or `NCropAugmentation`, Lightly's `MultiViewTransform` or one
+            of its transforms, or a list of these, one a view.
+
+    Returns:
+        A module that maps images (B, C, H, W) in [0, 1] to the list of views.
+
+    Raises:
+        UserError: a transform of an unknown class; the text names it and says how to register a
+            twin.
+    """
+    hosts = view_hosts(pipeline)
+    translated: dict[int, Operation] = {}
+    for host in hosts if hosts is not None else [pipeline]:
+        if id(host) not in translated:
+            translated[id(host)] = Translator().sequence([host])
+    order = [id(host) for host in (hosts if hosts is not None else [pipeline])]
+    return Mirror([translated[key] for key in order])
+
+
+def _final_size(view: Operation) -> int | None:
+    size: int | None = None
+    for step in view.modules():
+        if isinstance(step, (RandomResizedCrop, CenterCrop)):
+            size = max(step.size)
+        elif isinstance(step, Resize) and step.size is not None:
+            size = step.size if isinstance(step.size, int) else max(step.size)
+    return size

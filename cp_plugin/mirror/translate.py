@@ -1,0 +1,167 @@
+"""From the host's own pipeline object to a mirror: one twin for each exact class.
+
+Classes are looked up by identity or by their full dotted name, so that neither solo-learn nor
+Lightly has to be importable. A subclass is another class: it may do anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cp_plugin.config import UserError
+from cp_plugin.mirror.containers import RandomApply, Sequence
+from cp_plugin.mirror.geometry import Flip, RandomResizedCrop
+from cp_plugin.mirror.jitter import ColorJitter
+from cp_plugin.mirror.operation import Operation, Stage
+
+Twin = Callable[[Any], Operation]
+"""Makes the twin of a host's transform."""
+
+
+class Translator:
+    """Walks a host's pipeline and keeps track of what an image is at each point."""
+
+    def __init__(self) -> None:
+        self.stage = Stage.PILLOW
+
+    def operation(self, host: object) -> Operation:
+        """Translate one transform.
+
+        Raises:
+            UserError: nothing is known about its class.
+        """
+        rule = RULES.get(dotted_name(type(host)))
+        if rule is not None:
+            return rule(host, self)
+        twin = TWINS.get(type(host))
+        if twin is not None:
+            return checked_twin(twin(host), type(host))
+        raise UserError(unknown(host))
+
+    def sequence(self, hosts: Iterable[object], name: str | None = None) -> Sequence:
+        """Translate transforms that follow one another."""
+        steps: list[Operation] = []
+        for host in hosts:
+            step = self.operation(host)
+            steps.extend(step.steps() if isinstance(step, Sequence) else [step])
+        return Sequence(simplified(steps), name)
+
+
+Rule = Callable[[Any, Translator], Operation]
+RULES: dict[str, Rule] = {}
+"""Built-in twins by the full name of the host's class."""
+TWINS: dict[type, Twin] = {}
+"""Twins that `register_twin` was given."""
+
+
+def register_twin(host_class: type, twin: Twin) -> None:
+    """Tell `mirror` what stands for a transform of your own.
+
+    Args:
+        host_class: the exact class; subclasses need a call of their own.
+        twin: takes an object of that class and returns an `Operation`: a subclass that overrides
+            `apply(images, params)`, and `sample(shape, generator)` where it draws anything.
+
+    Raises:
+        UserError: `host_class` is no class.
+
+    Example:
+        >>> class Darker(Operation):
+        ...     def apply(self, images, params):
+        ...         return images * 0.5
+        >>> register_twin(MyDarker, lambda host: Darker())
+    """
+    if not isinstance(host_class, type):
+        raise UserError(
+            f"register_twin expected a class first, got {host_class!r}: pass the transform's "
+            "class, not an object or a function."
+        )
+    TWINS[host_class] = twin
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a built-in twin under the full names of host classes."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def dotted_name(cls: type) -> str:
+    """Return module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def checked_twin(twin: object, host_class: type) -> Operation:
+    """Refuse a twin that is no operation."""
+    if not isinstance(twin, Operation):
+        raise UserError(
+            f"the twin registered for {dotted_name(host_class)} must return an Operation, got "
+            f"{type(twin).__name__}: subclass cp_plugin.mirror.Operation."
+        )
+    return twin
+
+
+def unknown(host: object) -> str:
+    """Say that a class has no twin, and how to give it one."""
+    name = dotted_name(type(host))
+    if name.endswith(".Lambda"):
+        return (
+            f"{name} hides a function that has no known gradient: use a named transform, or a "
+            "class of your own with a twin (cp_plugin.mirror.register_twin)."
+        )
+    return (
+        f"the mirror expected transforms that it has a differentiable twin for, got {name}: "
+        f"register one with cp_plugin.mirror.register_twin({type(host).__name__}, "
+        "lambda host: MyOperation(...)), where MyOperation subclasses cp_plugin.mirror.Operation."
+    )
+
+
+def simplified(steps: list[Operation]) -> list[Operation]:
+    """Carry out flips within the crop before them: flips commute with changes of tone and blur."""
+    kept: list[Operation] = []
+    for step in steps:
+        if isinstance(step, Flip) and _absorbed(step, kept):
+            continue
+        kept.append(_with_probability(step))
+    return kept
+
+
+def _absorbed(flip: Flip, before: list[Operation]) -> bool:
+    attribute = "flip_horizontal" if flip.dim == -1 else "flip_vertical"
+    for step in reversed(before):
+        if isinstance(step, RandomResizedCrop) and getattr(step, attribute) == 0.0:
+            setattr(step, attribute, flip.p)
+            return True
+        if not step.commutes_with_flips:
+            return False
+    return False
+
+
+def _with_probability(step: Operation) -> Operation:
+    """Let ColorJitter draw for itself whether it is applied."""
+    if not isinstance(step, RandomApply):
+        return step
+    inner = step.inner
+    if isinstance(inner, Sequence) and len(inner.operations) == 1:
+        inner = inner.steps()[0]
+    if isinstance(inner, ColorJitter) and inner.p == 1:
+        inner.p = step.p
+        return inner
+    return RandomApply(inner, step.p, step.name)
+
+
+def modules(hosts: Iterable[object] | nn.Module) -> list[object]:
+    """Return the transforms of a list or of a ModuleList."""
+    return list(hosts)  # type: ignore[arg-type]
+
+
+def is_float(dtype: object) -> bool:
+    """Whether a host's dtype argument means floating-point images."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
