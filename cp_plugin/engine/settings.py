@@ -170,7 +170,7 @@ def _one_of(key: str, value: Any, known: Iterable[str]) -> None:
     names = list(known)
     if value in names:
         return
-    near = difflib.get_close_matches(str(value), names, n=1)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
     raise UserError(f"{key}={value} is unknown to the embedded engine; {hint}")
 
