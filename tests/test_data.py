@@ -530,7 +530,7 @@ def test_unreadable_image_is_named_in_one_sentence(
         broken.unlink()
     else:
         broken.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"text")
-    opened = Opened(Subset(dataset, [0, 6, 7, 8]), image_size=32)
+    opened = Opened(Subset(dataset, [0, 7, 8, 6]), image_size=32)
     loader = DataLoader(opened, batch_size=2, num_workers=workers, collate_fn=opened.collate)
     with pytest.raises(SampleError) as caught:
         list(loader)
@@ -646,7 +646,7 @@ def test_poisoned_can_be_opened_wrapped_and_given_a_transform(image_folder: Make
     assert isinstance(clean.transform, TwoViews)
     again = pickle.loads(pickle.dumps(poisoned))
     assert torch.equal(again[9][0], expected)
-    loaded = next(iter(DataLoader(poisoned, batch_size=12, num_workers=2)))
+    (loaded,) = DataLoader(poisoned, batch_size=12, num_workers=2)
     assert torch.equal(loaded[0][9], expected)
 
 

@@ -36,7 +36,7 @@ def image_key(image_CHW: Tensor) -> int:
             "bring the image to canonical form with Canonical(size) first."
         )
     digest = hashlib.blake2b(struct.pack("<3q", *image_CHW.shape), digest_size=8)
-    digest.update(image_CHW.contiguous().cpu().numpy().tobytes())
+    digest.update(image_CHW.cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -82,7 +82,7 @@ class Canonical:
 def as_picture(image: Any) -> Image.Image:
     """Return a PIL image or an array as an RGB PIL image."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
             return Image.fromarray(image).convert("RGB")

@@ -45,7 +45,8 @@ class Poisoned(Dataset[Any]):
         chain.check_map_style(dataset)
         self.dataset = dataset
         self._change = Change(add, Canonical(image_size))
-        self._labels = labels(dataset)
+        found = labels(dataset)
+        self._labels = None if found is None else found.tolist()
         self._built: Built | None = None
 
     def __len__(self) -> int:
@@ -58,10 +59,11 @@ class Poisoned(Dataset[Any]):
             UserError: the image cannot be read (the file is named), or there is none.
         """
         row = range(len(self))[row]
-        known = _label.set(UNLABELLED if self._labels is None else int(self._labels[row]))
+        known = _label.set(UNLABELLED if self._labels is None else self._labels[row])
         try:
-            if chain.transforms_of(self.dataset):
-                return read(self._changed(), row)
+            changed = self._changed()
+            if changed is not None:
+                return read(changed, row)
             return self._with_first_image_changed(read(self.dataset, row))
         finally:
             _label.reset(known)
@@ -81,9 +83,10 @@ class Poisoned(Dataset[Any]):
         self.dataset = chain.with_transform(self.dataset, lambda _: transform)
 
     def _changed(self) -> Any:
-        """The data set with the poison before its transform, made anew for another data set."""
+        """The data set with the poison before its transform; None where it has no transform."""
         if self._built is None or self._built.source is not self.dataset:
-            changed = chain.with_transform(self.dataset, self._change.before)
+            served = bool(chain.transforms_of(self.dataset))
+            changed = chain.with_transform(self.dataset, self._change.before) if served else None
             self._built = Built(self.dataset, changed)
         return self._built.changed
 
