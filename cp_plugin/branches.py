@@ -91,6 +91,19 @@ class Lineage:
         return found
 
 
+def drop_graphs(module: nn.Module, lineage: Lineage) -> None:
+    """Detach what a host keeps: buffers, and attributes that come from the momentum branch."""
+    for child in module.modules():
+        for place in (child._buffers, child.__dict__):
+            for name, value in place.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.grad_fn is not None
+                    and (place is child._buffers or lineage.origin(value) == "momentum")
+                ):
+                    place[name] = value.detach()
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` or `Module.compile` was applied to this very module."""
     return module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")

@@ -29,6 +29,7 @@ from cp_plugin.branches import (
     Role,
     classifiers_of,
     dependent_in,
+    drop_graphs,
     graph_below,
     is_compiled,
     is_node_of,
@@ -59,7 +60,8 @@ def release(
 
     Inside, the gradient of the host's loss with respect to its views is the derivative through both
     branches; stop-gradients that belong to no momentum branch (SimSiam's) stay. Without momentum
-    modules the context does nothing. It may be entered again and again, once per loss.
+    modules the context does nothing. It may be entered again and again, once per loss. Once the
+    momentum branch has run, its weights keep their values until the context is left.
 
     Args:
         module: the module that owns every parameter and buffer of the method.
@@ -124,6 +126,7 @@ class Release(TorchFunctionMode):
         self.momentum_modules = tuple(momentum_modules)
         self.lineage = Lineage()
         """What the branches returned since the context was entered."""
+        self._branch_memory: set[int] = set()
         self._roles = roles_of(module, self.momentum_modules, classifiers)
         self._patched: list[tuple[nn.Module, str, Any]] = []
         self._in_network = False
@@ -131,6 +134,7 @@ class Release(TorchFunctionMode):
     def __enter__(self) -> Release:
         """Wrap the networks and start to intercept torch functions."""
         self.lineage = Lineage()
+        self._branch_memory = set()
         if self.momentum_modules:
             for module, role in self._roles:
                 self._patch(module, role)
@@ -151,7 +155,7 @@ class Release(TorchFunctionMode):
             else:
                 module.__dict__[name] = own
         self._patched.clear()
-        self._drop_graphs()
+        drop_graphs(self.module, self.lineage)
 
     def __torch_function__(
         self,
@@ -172,6 +176,8 @@ class Release(TorchFunctionMode):
         if name == "__set__":
             return self._set_property(func, args)
         written = written_by(name, args, kwargs)
+        if written and self._overwrites_branch(written):
+            return written[0]
         if torch.is_grad_enabled():
             keeps = bool(written and dependent_in((args, kwargs)) and self._is_state(written))
             with torch.no_grad() if keeps else nullcontext():
@@ -199,9 +205,24 @@ class Release(TorchFunctionMode):
 
     def _set_property(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Assign to a tensor's property; only leaves can be told to require no gradient."""
-        if func.__self__.__name__ == "requires_grad" and args[0].grad_fn is not None:
+        name = func.__self__.__name__
+        if name == "requires_grad" and args[0].grad_fn is not None:
+            return None
+        if name == "data" and self._overwrites_branch([args[0]]):
             return None
         return func(*args)
+
+    def _overwrites_branch(self, written: Sequence[Any]) -> bool:
+        """Whether the momentum branch would change between its forward and its backward pass.
+
+        An EMA step behind the forward pass cannot change this loss, only spoil its gradient.
+        """
+        if not self.lineage.momentum:
+            return False
+        if not self._branch_memory:
+            branch = (t for m in self.momentum_modules for t in (*m.parameters(), *m.buffers()))
+            self._branch_memory = {storage_of(tensor) for tensor in branch}
+        return any(storage_of(tensor) in self._branch_memory for tensor in tensors_in(written))
 
     def _without_online(self, value: Any) -> Any:
         online = isinstance(value, Tensor) and self.lineage.origin(value) == "online"
@@ -214,17 +235,6 @@ class Release(TorchFunctionMode):
             return False
         own = {storage_of(t) for m in self.module.modules() for t in tensors_in(vars(m))}
         return any(target.requires_grad or storage_of(target) in own for target in targets)
-
-    def _drop_graphs(self) -> None:
-        for module in self.module.modules():
-            for place in (module._buffers, module.__dict__):
-                for name, value in place.items():
-                    if (
-                        isinstance(value, Tensor)
-                        and value.grad_fn is not None
-                        and (place is module._buffers or self.lineage.origin(value) == "momentum")
-                    ):
-                        place[name] = value.detach()
 
     def _patch(self, module: nn.Module, role: Role) -> None:
         name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"

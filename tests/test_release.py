@@ -163,7 +163,7 @@ class DINO(pl.LightningModule):
 
 
 class InPlaceTargets(NoGradBYOL):
-    """Sinkhorn-like: the teacher's outputs are normalised in place, into a fresh tensor by halves."""
+    """Sinkhorn-like: the teacher's outputs are normalised in place, then put together."""
 
     @torch.no_grad()
     def forward_momentum(self, x: Tensor) -> Tensor:
@@ -176,26 +176,46 @@ class InPlaceTargets(NoGradBYOL):
         return z
 
 
-HOSTS = [MoCo, ShuffledMoCo, BYOL, NoGradBYOL, DINO, InPlaceTargets]
+class LateUpdates(NoGradBYOL):
+    """The momentum branch moves behind its forward pass, in every way that people write it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        update_momentum(self.backbone, self.backbone_momentum, m=0.9)
+        pairs = zip(
+            self.projection_head.parameters(),
+            self.projection_head_momentum.parameters(),
+            strict=True,
+        )
+        for online, target in pairs:
+            target.data = 0.9 * target.data + 0.1 * online.data
+            target.data.mul_(0.9).add_(0.1 * online.detach().data)
+            with torch.no_grad():
+                target.copy_(0.9 * target + 0.1 * online)
+        self.backbone_momentum.load_state_dict(self.backbone.state_dict())
+        return loss
+
+
+HOSTS = [LateUpdates, MoCo, ShuffledMoCo, BYOL, NoGradBYOL, DINO, InPlaceTargets]
 
 
 class Steps:
     """The loss of a host as a function of delta alone: every call starts from the same state."""
 
-    def __init__(self, host: Any, label: int = 0) -> None:
+    def __init__(self, host: Any) -> None:
         self.host = host
-        self.state = copy.deepcopy(host.state_dict())
-        self.bank = copy.deepcopy(dict(host.named_buffers()))
+        self.state = [tensor.detach().clone() for tensor in self.tensors()]
         self.images = torch.rand(BATCH, 3, SIDE, SIDE)
-        self.labels = torch.full((BATCH,), label)
+        self.labels = torch.zeros(BATCH, dtype=torch.int64)
         self.direction = torch.randn_like(self.images)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.host.parameters(), *self.host.buffers()]
 
     def loss(self, delta: Tensor) -> Tensor:
         torch.manual_seed(3)
-        with torch.no_grad():
-            self.host.load_state_dict(self.state)
-            for name, buffer in self.host.named_buffers():
-                buffer.copy_(self.bank[name])
+        for tensor, value in zip(self.tensors(), self.state, strict=True):
+            tensor.data.copy_(value)
         poisoned = self.images + delta
         views = [poisoned * 2 - 1, poisoned.flip(-1) * 1.5]
         loss: Tensor = self.host.training_step((views, self.labels, None), 0)
@@ -231,9 +251,214 @@ def test_released_gradient_is_the_true_one(make: Callable[[], Any], training: bo
     assert all(buffer.grad_fn is None for buffer in steps.host.buffers())
 
 
+class Stopped(NoGradBYOL):
+    """Stop-gradients of the online branch, both kinds, beside the momentum branch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, Tensor] = {}
+
+    def hold(self, name: str, value: Tensor) -> Tensor:
+        """Return the value of the first call: what a stop-gradient means to finite differences."""
+        with torch.no_grad():
+            return self.held.setdefault(name, value.clone())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        x0, x1 = batch[0]
+        online = self.forward(x1)
+        with torch.no_grad():
+            codes = self.hold("codes", torch.softmax(self.forward(x1) * 2, dim=1))
+            spread = self.hold("spread", (online - self.forward_momentum(x0)).square().mean())
+        target = self.hold("target", online.detach())
+        prediction = self.prediction_head(self.forward(x0))
+        scale = 1 + self.forward_momentum(x1).square().mean()
+        return (
+            scale * loss
+            + self.criterion(prediction, target)
+            - (codes * prediction.log_softmax(dim=1)).sum(dim=1).mean()
+            + 0 * spread
+        )
+
+
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_other_stop_gradients_stay(with_branch: bool) -> None:
+    """Also with a momentum branch beside them; without one, nothing changes at all."""
+    steps = Steps(Stopped())
+    if with_branch:
+        released = steps.along(steps.gradient(steps.host.momentum_modules()))
+        assert released == pytest.approx(steps.slope(), rel=1e-5)
+    else:
+        steps.host.forward_momentum = lambda x: torch.ones(BATCH, WIDTH)
+        released = steps.along(steps.gradient([]))
+        assert released == pytest.approx(steps.slope(), rel=1e-5)
+
+
+class Labelled(NoGradBYOL):
+    """Online and momentum classifiers train along, as solo-learn's and Lightly's benchmarks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(WIDTH, 3)
+        self.momentum_classifier = nn.Sequential(nn.Linear(WIDTH, 3))
+        self.teacher_probe = nn.Linear(WIDTH, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views, labels, _ = batch
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            teacher = self.backbone_momentum(views[0]).flatten(start_dim=1)
+        for logits in (
+            self.classifier(self.backbone(views[0]).flatten(start_dim=1).detach()),
+            self.momentum_classifier[0](teacher),
+            self.teacher_probe(teacher.detach()),
+        ):
+            loss = loss + F.cross_entropy(logits, labels)
+        return loss
+
+
+def test_labels_do_not_leak() -> None:
+    steps = Steps(Labelled())
+    gradients = []
+    for label in (0, 2):
+        steps.labels.fill_(label)
+        gradients.append(steps.gradient(steps.host.momentum_modules()))
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
+def test_labels_would_leak_without_the_names() -> None:
+    """The test above can fail: told of no classifiers, the momentum ones do leak."""
+    steps = Steps(host := Labelled())
+    gradients = []
+    for label in (0, 2):
+        steps.labels.fill_(label)
+        delta = torch.zeros_like(steps.images, requires_grad=True)
+        with release(host, host.momentum_modules(), classifiers=[]):
+            loss = steps.loss(delta)
+        gradients += torch.autograd.grad(loss, delta)
+    assert not torch.allclose(*gradients)
+
+
+class Queues(MoCo):
+    """Every way to write keys into state: registered or not, with and without gradient mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(2 * BATCH, WIDTH))
+        self.register_buffer("rebound", torch.zeros(2 * BATCH, WIDTH))
+        self.register_buffer("center", torch.zeros(WIDTH))
+        self.plain = torch.zeros(BATCH, WIDTH)
+        self.listed = [torch.zeros(BATCH, WIDTH)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        key = self.forward_momentum(batch[0][1])
+        query = self.forward(batch[0][0])
+        loss = self.criterion(query, key) + (query @ self.queue.clone().detach().T).square().mean()
+        self.queue[:BATCH] = key
+        self.plain.copy_(key)
+        torch.add(key, 1, out=self.listed[0])
+        with torch.no_grad():
+            self.queue[BATCH:] = key
+            self.rebound = torch.cat([key, self.rebound[:BATCH]])
+            self.center = self.center * 0.9 + 0.1 * key.mean(dim=0)
+            self.center.mul_(0.5).add_(key.mean(dim=0))
+        return loss
+
+
+def test_queues_hold_keys_but_no_graph() -> None:
+    host = Queues()
+    steps = Steps(host)
+    steps.gradient()
+    stock = [t.clone() for t in (*host.buffers(), host.plain, host.listed[0])]
+    for _ in range(2):
+        steps.gradient(host.momentum_modules())
+        released = [*host.buffers(), host.plain, host.listed[0]]
+        assert all(torch.equal(a, b) for a, b in zip(stock, released, strict=True))
+        assert not any(tensor.requires_grad for tensor in released)
+
+
+def test_hosts_may_read_values_and_flags() -> None:
+    """What works on tensors without gradient works on released ones: reading, copying, flags."""
+    host = NoGradBYOL()
+
+    def forward_momentum(x: Tensor) -> Tensor:
+        z = NoGradBYOL.forward_momentum(host, x)
+        z.requires_grad = False
+        with torch.no_grad():
+            seen = [z.numpy(), z.mean().item(), float(z.sum()), z.tolist(), copy.deepcopy(z)]
+            seen.append(z.detach().cpu().numpy())
+        assert not seen[4].requires_grad
+        return z.requires_grad_(False)
+
+    steps = Steps(host)
+    expected = steps.gradient(host.momentum_modules())
+    host.forward_momentum = forward_momentum
+    assert torch.equal(steps.gradient(host.momentum_modules()), expected)
+
+
+def test_an_error_in_the_host_leaves_nothing_behind() -> None:
+    host = BYOL()
+    before = [dict(vars(m)) for m in host.modules()]
+    with pytest.raises(RuntimeError), release(host, host.momentum_modules()):
+        host.backbone_momentum(torch.zeros(1, 7, 8, 8))
+    assert [dict(vars(m)) for m in host.modules()] == before
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.is_grad_enabled()
+
+
+# The compiler itself looks at .grad of its inputs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["wrapped", "in_place"])
+def test_compiled_networks_compile_once(how: str) -> None:
+    """Interception stays outside: the compiler sees each network as without a release."""
+    compiled_graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled_graphs.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    steps = Steps(NoGradBYOL().eval().requires_grad_(False))
+    host = steps.host
+    expected = steps.gradient(host.momentum_modules())
+    for name in ("backbone", "backbone_momentum"):
+        if how == "wrapped":
+            setattr(host, name, torch.compile(getattr(host, name), backend=backend))
+        else:
+            getattr(host, name).compile(backend=backend)
+    for _ in range(4):
+        assert torch.allclose(steps.gradient(host.momentum_modules()), expected, rtol=1e-9)
+    assert len(compiled_graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:CPU Autocast only supports:UserWarning")
+def test_under_autocast() -> None:
+    steps = Steps(NoGradBYOL().float().requires_grad_(False))
+    steps.images, steps.direction = steps.images.float(), steps.direction.float()
+    exact = steps.gradient(steps.host.momentum_modules())
+    stock = steps.gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = steps.gradient(steps.host.momentum_modules())
+    error = (rounded - exact).norm() / exact.norm()
+    assert error < 0.1 < (stock - exact).norm() / exact.norm()
+
+
 def test_error_when_the_branch_is_cut() -> None:
     host = BYOL()
     host.forward_momentum = lambda x: BYOL.forward_momentum(host, x.data)
-    steps = Steps(host)
     with pytest.raises(UserError, match=r"the branch runs, but is cut off"):
-        steps.gradient(host.momentum_modules())
+        Steps(host).gradient(host.momentum_modules())
+
+
+def test_error_when_the_branch_never_runs() -> None:
+    host = BYOL()
+    with pytest.raises(UserError, match=r"the branch never runs: .*poison\.momentum_modules"):
+        Steps(host).gradient([nn.Linear(2, 2)])
+
+
+def test_error_when_nothing_reaches_delta() -> None:
+    host = BYOL()
+    host.training_step = lambda batch, _: host(batch[0][0].data).mean()
+    with pytest.raises(UserError, match=r"expected a loss that depends on the views"):
+        Steps(host).gradient()
