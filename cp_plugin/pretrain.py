@@ -81,6 +81,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         log_every_n_steps=min(50, len(loader)),
     )
     trainer.fit(module, loader, ckpt_path=checkpoint or settings.resume_from_checkpoint)
+    if settings.checkpoint.enabled:
+        trainer.save_checkpoint(folder / f"{CHECKPOINT}.ckpt")
     result = _result(selection, settings, callbacks, trainer, time.perf_counter() - started)
     _write(folder / RESULT_FILE, result)
     return {**result, "folder": str(folder)}
@@ -254,8 +256,9 @@ def _result(
             poison = callback.poison()
             result.update(_of_poison(poison))
         if isinstance(callback, KNNMonitor):
-            result.update(callback.results[-1])
             result["knn"] = callback.results
+            last = callback.results[-1]
+            result.update({key: last[key] for key in last if key not in ("epoch", "step", "seconds")})
     loss = trainer.callback_metrics.get("train_loss")
     result["train_loss"] = None if loss is None else float(loss)
     result.update(hardware=hardware(), versions=versions(), command=command())
