@@ -4,11 +4,11 @@
 maps images (B, C, H, W) in [0, 1] to the list of its views, with gradients.
 """
 
-from cp_plugin.mirror import twins_torchvision as _twins_torchvision  # registers them
+import cp_plugin.mirror.twins_hosts
+import cp_plugin.mirror.twins_rare
+import cp_plugin.mirror.twins_torchvision  # noqa: F401  (each registers its twins)
 from cp_plugin.mirror.operation import Operation, Params, Shape
 from cp_plugin.mirror.pipeline import Mirror, mirror
 from cp_plugin.mirror.translate import register_twin
 
 __all__ = ["Mirror", "Operation", "Params", "Shape", "mirror", "register_twin"]
-
-del _twins_torchvision

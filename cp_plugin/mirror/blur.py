@@ -28,7 +28,7 @@ class PillowBlur(Operation):
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `sigma` (B,) in pixels."""
-        return {"sigma": uniform(shape.count, *self.sigma, generator)}
+        return {"sigma": uniform(shape.batch, *self.sigma, generator)}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Blur."""
@@ -90,7 +90,7 @@ class TensorBlur(Operation):
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `sigma` (B,) in pixels."""
-        return {"sigma": uniform(shape.count, *self.sigma, generator)}
+        return {"sigma": uniform(shape.batch, *self.sigma, generator)}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Blur."""

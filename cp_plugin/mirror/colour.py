@@ -53,7 +53,7 @@ class RandomGrayscale(Operation):
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `applied` (B,)."""
-        return self.prepare(chance(shape.count, self.p, generator))
+        return self.prepare(chance(shape.batch, self.p, generator))
 
     def prepare(self, applied: Tensor) -> Params:
         """Turn the choice into the `matrix` (B, 3, 3) that `apply` multiplies with."""

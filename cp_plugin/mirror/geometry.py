@@ -47,8 +47,8 @@ class RandomResizedCrop(Operation):
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `top`, `left`, `height`, `width` in pixels, and `flip_x`, `flip_y`."""
         params = draw_boxes(shape, self.scale, self.ratio, generator)
-        params["flip_x"] = chance(shape.count, self.flip_horizontal, generator)
-        params["flip_y"] = chance(shape.count, self.flip_vertical, generator)
+        params["flip_x"] = chance(shape.batch, self.flip_horizontal, generator)
+        params["flip_y"] = chance(shape.batch, self.flip_vertical, generator)
         return params
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
@@ -183,7 +183,7 @@ class Flip(Operation):
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `flip`, one truth value an image."""
-        return {"flip": chance(shape.count, self.p, generator)}
+        return {"flip": chance(shape.batch, self.p, generator)}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Flip the images chosen."""
@@ -201,3 +201,83 @@ def check_fits(name: str, crop: tuple[int, int], image: tuple[int, int]) -> None
             f"{name} expected images of at least {crop[0]}x{crop[1]} pixels, got "
             f"{image[0]}x{image[1]}: take a smaller crop, larger images, or pad first."
         )
+
+
+class RandomCrop(Operation):
+    """Pad, then cut out a window at a random place (torchvision `RandomCrop`).
+
+    Args:
+        size: (height, width) of the window.
+        padding: (left, top, right, bottom) in pixels.
+        pad_if_needed: pad both sides of an axis that is shorter than the window.
+        mode: `constant`, `edge`, `reflect` or `symmetric`.
+        fill: what constant padding holds, in [0, 1], one for all or one a channel.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        pad_if_needed: bool = False,
+        mode: str = "constant",
+        fill: tuple[float, ...] = (0.0,),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.size = size
+        self.padding = padding
+        self.pad_if_needed = pad_if_needed
+        self.mode = mode
+        self.fill = fill
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the window."""
+        return shape.resized(*self.size)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse images that are smaller than the window even when padded."""
+        (_, height), (_, width) = self._padded(shape)
+        check_fits(self.name, self.size, (height, width))
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `top` and `left` (B,), in pixels of the image before padding."""
+        params = {}
+        axes = zip(("top", "left"), self._padded(shape), self.size, strict=True)
+        for key, (before, padded), window in axes:
+            room = torch.full((shape.batch,), padded - window + 1)
+            params[key] = whole(room, generator) - before
+        return params
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Cut out."""
+        height, width = images.shape[-2:]
+        rows = self._window(params["top"], self.size[0], height, images)
+        columns = self._window(params["left"], self.size[1], width, images)
+        out = separable(images, rows, columns)
+        if self.mode == "constant" and any(self.fill):
+            covered = rows.sum(2)[:, None, :, None] * columns.sum(2)[:, None, None, :]
+            out = out + (1 - covered) * images.new_tensor(self.fill)[:, None, None]
+        return out
+
+    def _padded(self, shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (pixels added before, padded size) of rows and of columns."""
+        left, top, right, bottom = self.padding
+        axes = []
+        sides = ((top, bottom, shape.height), (left, right, shape.width))
+        for (before, after, length), window in zip(sides, self.size, strict=True):
+            missing = max(0, window - length - before - after) if self.pad_if_needed else 0
+            axes.append((before + missing, length + before + after + 2 * missing))
+        return axes[0], axes[1]
+
+    def _window(self, start: Tensor, window: int, size: int, like: Tensor) -> Tensor:
+        """Return the matrix (B, window, size) that picks pixels."""
+        index = start[:, None] + torch.arange(window, device=start.device)
+        if self.mode == "edge":
+            index = index.clamp(0, size - 1)
+        elif self.mode == "reflect":
+            index = (size - 1) - ((size - 1) - index.abs()).abs()
+        elif self.mode == "symmetric":
+            index = torch.where(index < 0, -1 - index, index)
+            index = torch.where(index >= size, 2 * size - 1 - index, index)
+        column = torch.arange(size, device=start.device)
+        return (index[:, :, None] == column).to(like.dtype)

@@ -51,7 +51,7 @@ class ColorJitter(Operation):
         Columns of `factors` are brightness, contrast, saturation, hue; `order` lists these
         numbers in the order in which they are carried out.
         """
-        count = shape.count
+        count = shape.batch
         factors = torch.ones(count, 4, dtype=torch.float64)
         factors[:, HUE] = 0
         for column, bounds in enumerate(self.ranges):

@@ -5,11 +5,12 @@ Legend of shapes: B images, C channels, H x W pixels in, h x w pixels out. Pixel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cp_plugin.config import UserError
 
@@ -35,7 +36,7 @@ class Stage(Enum):
 class Shape(NamedTuple):
     """Shape of a batch."""
 
-    count: int
+    batch: int
     channels: int
     height: int
     width: int
@@ -45,7 +46,7 @@ class Shape(NamedTuple):
         return self._replace(height=height, width=width)
 
 
-class Operation(nn.Module):
+class Operation:
     """One transform of the host: `sample` draws for a whole batch, `apply` is a pure function.
 
     A twin for a class of your own subclasses this, sets `gradient`, and overrides `apply` and,
@@ -60,7 +61,6 @@ class Operation(nn.Module):
     """Whether flipping before or after makes no difference to the result."""
 
     def __init__(self, name: str | None = None) -> None:
-        super().__init__()
         self.name = name or type(self).__name__
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -80,7 +80,7 @@ class Operation(nn.Module):
             )
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
-        """Draw the parameters of `shape.count` images, on the CPU.
+        """Draw the parameters of `shape.batch` images, on the CPU.
 
         Args:
             shape: of the images that `apply` will get.
@@ -99,15 +99,19 @@ class Operation(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw and apply."""
-        shape = Shape(*images.shape)
-        self.check(shape)
-        return self.apply(images, moved(self.sample(shape, generator), images.device))
+    def parts(self) -> list[Operation]:
+        """Return the operations that this one is made of."""
+        return []
 
-    def extra_repr(self) -> str:
-        """Name of the host's class and the declared gradient."""
-        return f"{self.name}, gradient={self.gradient}"
+    def walk(self) -> Iterator[Operation]:
+        """Yield this operation and, in order, all that it is made of."""
+        yield self
+        for part in self.parts():
+            yield from part.walk()
+
+    def __repr__(self) -> str:
+        inner = ", ".join(map(repr, self.parts())) or self.gradient
+        return f"{self.name}({inner})"
 
 
 def uniform(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cp_plugin.config import UserError
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Sequence
-from cp_plugin.mirror.geometry import CenterCrop, RandomResizedCrop, Resize
+from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize
 from cp_plugin.mirror.operation import Operation, Params, Shape, moved
 from cp_plugin.mirror.translate import Translator
 from cp_plugin.mirror.twins_hosts import view_hosts
@@ -28,7 +30,7 @@ class Mirror(nn.Module):
 
     def __init__(self, pipelines: list[Operation]) -> None:
         super().__init__()
-        self.pipelines = nn.ModuleList(pipelines)
+        self.pipelines = pipelines
         self._seen_devices: set[torch.device] = set()
 
     @property
@@ -39,7 +41,7 @@ class Mirror(nn.Module):
     @property
     def crop_size(self) -> int | None:
         """Side in pixels of the largest view, None where the pipeline keeps the image's size."""
-        sizes = [size for view in self._pipelines() if (size := _final_size(view)) is not None]
+        sizes = [size for view in self.pipelines if (size := _final_size(view)) is not None]
         return max(sizes, default=None)
 
     def forward(
@@ -58,7 +60,7 @@ class Mirror(nn.Module):
         Raises:
             UserError: as `sample` and `apply`.
         """
-        return self.apply(images, self.sample(images, generator), check)
+        return self._views(images, self.sample(images, generator), check)
 
     @torch.no_grad()
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> list[Params]:
@@ -74,17 +76,33 @@ class Mirror(nn.Module):
                 f"the mirror draws on the CPU, got a generator on {generator.device}: pass "
                 "torch.Generator() without a device."
             )
-        drawn = [view.sample(shape, generator) for view in self._pipelines()]
+        drawn = [view.sample(shape, generator) for view in self.pipelines]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         moved_params: list[Params] = moved(drawn, images.device, dtype)
         return moved_params
 
-    def apply(self, images: Tensor, params: list[Params], check: bool = False) -> list[Tensor]:  # type: ignore[override]
+    def apply(  # type: ignore[override]
+        self, images: Tensor, params: list[Params] | None = None, check: bool = False
+    ) -> Any:
         """Transform images with parameters that `sample` drew for a batch of this shape.
+
+        Args:
+            images: (B, C, H, W) floating point in [0, 1].
+            params: what `sample` returned.
+            check: as in `forward`.
+
+        Returns:
+            The list of views. With a function as the only argument it is `nn.Module.apply`, which
+            models that hold a mirror call on all their modules.
 
         Raises:
             UserError: images of another shape, with NaN or outside [0, 1].
         """
+        if params is None and not isinstance(images, Tensor):
+            return super().apply(images)
+        return self._views(images, params or [], check)
+
+    def _views(self, images: Tensor, params: list[Params], check: bool) -> list[Tensor]:
         self._shape(images)
         self._check_values(images, check)
         if len(params) != self.views:
@@ -96,21 +114,18 @@ class Mirror(nn.Module):
             planar = precise.contiguous()
             views = [
                 view.apply(planar, drawn)
-                for view, drawn in zip(self._pipelines(), params, strict=True)
+                for view, drawn in zip(self.pipelines, params, strict=True)
             ]
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return [view.to(images.dtype, memory_format=layout) for view in views]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one."""
-        for view in reversed(self._pipelines()):
-            for step in reversed(list(view.modules())):
+        for view in reversed(self.pipelines):
+            for step in reversed(list(view.walk())):
                 if isinstance(step, Normalize):
                     return step.apply(images, {})
         return images
-
-    def _pipelines(self) -> list[Operation]:
-        return [view for view in self.pipelines if isinstance(view, Operation)]
 
     def _shape(self, images: Tensor) -> Shape:
         """Check what can be seen without looking at pixels."""
@@ -125,7 +140,7 @@ class Mirror(nn.Module):
                 f"{came}: stack the images and divide bytes by 255."
             )
         shape = Shape(*images.shape)
-        for view in self._pipelines():
+        for view in self.pipelines:
             view.check(shape)
         return shape
 
@@ -148,9 +163,9 @@ class Mirror(nn.Module):
         )
 
     def _first_name(self) -> str:
-        first = self._pipelines()[0]
-        while isinstance(first, Sequence) and len(first.operations):
-            first = first.steps()[0]
+        first = self.pipelines[0]
+        while isinstance(first, Sequence) and first.operations:
+            first = first.operations[0]
         return first.name
 
 
@@ -180,8 +195,8 @@ def mirror(pipeline: object) -> Mirror:
 
 def _final_size(view: Operation) -> int | None:
     size: int | None = None
-    for step in view.modules():
-        if isinstance(step, (RandomResizedCrop, CenterCrop)):
+    for step in view.walk():
+        if isinstance(step, (RandomResizedCrop, RandomCrop, CenterCrop)):
             size = max(step.size)
         elif isinstance(step, Resize) and step.size is not None:
             size = step.size if isinstance(step.size, int) else max(step.size)

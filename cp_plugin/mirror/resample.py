@@ -49,16 +49,16 @@ def resize_weights(
     Returns:
         (B, target, source), each row adding up to one.
     """
-    like = {"device": start.device, "dtype": start.dtype}
     scale = (length / target)[:, None]
-    row = torch.arange(target, **like).add_(0.5)[None]
+    row = torch.arange(target, device=start.device, dtype=start.dtype).add_(0.5)[None]
     if flip is not None:
         row = torch.where(flip[:, None], target - row, row)
     centre = row * scale
-    column = torch.arange(source, **like)
+    column = torch.arange(source, device=start.device, dtype=start.dtype)
     if filter_name == "nearest":
         chosen = centre.floor() + start[:, None]
-        return (chosen[:, :, None] == column).to(start.dtype)
+        picked: Tensor = chosen[:, :, None] == column
+        return picked.to(start.dtype)
     spread = scale.clamp(min=1)[:, :, None]
     offset = column + 0.5 - (centre + start[:, None])[:, :, None]
     weights = filter_values(filter_name, offset.div_(spread))

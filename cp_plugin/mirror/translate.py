@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import nn
-
 from cp_plugin.config import UserError
 from cp_plugin.mirror.containers import RandomApply, Sequence
 from cp_plugin.mirror.geometry import Flip, RandomResizedCrop
@@ -47,7 +44,7 @@ class Translator:
         steps: list[Operation] = []
         for host in hosts:
             step = self.operation(host)
-            steps.extend(step.steps() if isinstance(step, Sequence) else [step])
+            steps.extend(step.operations if isinstance(step, Sequence) else [step])
         return Sequence(simplified(steps), name)
 
 
@@ -150,18 +147,8 @@ def _with_probability(step: Operation) -> Operation:
         return step
     inner = step.inner
     if isinstance(inner, Sequence) and len(inner.operations) == 1:
-        inner = inner.steps()[0]
+        inner = inner.operations[0]
     if isinstance(inner, ColorJitter) and inner.p == 1:
         inner.p = step.p
         return inner
     return RandomApply(inner, step.p, step.name)
-
-
-def modules(hosts: Iterable[object] | nn.Module) -> list[object]:
-    """Return the transforms of a list or of a ModuleList."""
-    return list(hosts)  # type: ignore[arg-type]
-
-
-def is_float(dtype: object) -> bool:
-    """Whether a host's dtype argument means floating-point images."""
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

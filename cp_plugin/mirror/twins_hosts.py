@@ -7,8 +7,9 @@ from typing import Any
 from cp_plugin.mirror.blur import PillowBlur
 from cp_plugin.mirror.containers import RandomApply
 from cp_plugin.mirror.operation import Operation, Stage
-from cp_plugin.mirror.tones import Solarize
+from cp_plugin.mirror.tones import Equalize, Solarize
 from cp_plugin.mirror.translate import RULES, Translator, dotted_name, rule
+from cp_plugin.mirror.warp import RandomRotation
 
 SOLO = "solo.data.pretrain_dataloader."
 LIGHTLY = "lightly.transforms."
@@ -59,6 +60,19 @@ def lightly_solarization(host: Any, translator: Translator) -> Operation:
     return RandomApply(inner, host.prob, "RandomSolarization")
 
 
+@rule(LIGHTLY + "rotation.RandomRotate")
+def lightly_rotate(host: Any, translator: Translator) -> Operation:
+    """Translate Lightly's RandomRotate by one angle."""
+    angle = float(host.angle)
+    return RandomApply(RandomRotation((angle, angle), name="RandomRotate"), host.prob)
+
+
+@rule(SOLO + "Equalization")
+def solo_equalization(host: Any, translator: Translator) -> Operation:
+    """Translate solo-learn's Equalization."""
+    return Equalize("Equalization")
+
+
 def wrapper(host: Any, translator: Translator) -> Operation:
     """Translate an object that only calls its `transform`."""
     return translator.operation(host.transform)
@@ -85,5 +99,5 @@ def _is_multi_view(cls: type) -> bool:
     """Whether a class is Lightly's MultiViewTransform or inherits its call unchanged."""
     for base in cls.__mro__:
         if dotted_name(base) in MULTI_VIEW:
-            return cls.__call__ is base.__call__  # type: ignore[operator]
+            return cls.__call__ is base.__call__
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 V2 = {
     "Compose": "_container",
     "RandomApply": "_container",
+    "RandomChoice": "_container",
+    "RandomOrder": "_container",
+    "RandomCrop": "_geometry",
+    "RandomRotation": "_geometry",
+    "RandomPerspective": "_geometry",
+    "RandomEqualize": "_color",
+    "RandomInvert": "_color",
+    "RandomPosterize": "_color",
+    "RandomAutocontrast": "_color",
+    "RandomAdjustSharpness": "_color",
+    "RandomErasing": "_augment",
     "RandomResizedCrop": "_geometry",
     "Resize": "_geometry",
     "CenterCrop": "_geometry",
@@ -43,7 +55,7 @@ V2 = {
 """The private module of torchvision.transforms.v2 that holds each class."""
 
 
-def both(*names: str) -> Any:
+def both(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for classes of these names in torchvision's v1 and v2."""
     full = [f"torchvision.transforms.transforms.{name}" for name in names]
     full += [f"torchvision.transforms.v2.{V2[name]}.{name}" for name in names]
