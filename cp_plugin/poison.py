@@ -148,7 +148,7 @@ class Poison:
                 "a class poison needs labelled images and this data set has no labels; "
                 "use labelled data or a sample poison (+poison=cp)."
             )
-        if tuple(classes) != self.classes:
+        if tuple(classes) != tuple(self.classes or ()):
             raise UserError(
                 f"the poison was made for {len(self.classes or ())} classes "
                 f"({_some(self.classes or ())}), the data set has {len(classes)} "
