@@ -163,8 +163,9 @@ class Attack:
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U).requires_grad_()
             images = poisoned(batch.images, delta[inverse_B])
+            views = self._mirrored(images, "noise", *at, pgd_step)
             with self._release:
-                loss = self.host.loss(self._mirrored(images, "noise", *at, pgd_step), batch)
+                loss = self.host.loss(views, batch)
             if not self._checked:
                 check_release(self._release, loss, delta)
                 self._checked = True

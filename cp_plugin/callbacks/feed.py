@@ -6,6 +6,7 @@ it fetches from and the function it collates by are exchanged while a run lasts,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class Exchange:
         # rows; ours has the same rows.
         object.__setattr__(self._loader, "dataset", dataset)
         self._loader.collate_fn = collate
+        self._loader._iterator = None  # persistent workers hold the data set they began with
 
 
 class Feed:
@@ -111,6 +113,8 @@ class _Collate:
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the loader's batches, epoch after epoch."""
+    """Yield the loader's batches, epoch after epoch, apart from any other use of the loader."""
+    own = copy.copy(loader)  # persistent workers serve one iteration at a time
+    own._iterator = None
     while True:
-        yield from loader
+        yield from own
