@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         UserError: anything in the configuration, the data or the poison that the user can mend.
     """
     selection = _selection(cfg)
-    settings = _without_gpu(complete(cfg))
+    settings = complete(_without_gpu(cfg))
     folder, checkpoint, finished = _folder(settings, selection)
     if finished is not None:
         log.info("%s is finished; nothing to do", folder)
@@ -98,16 +98,16 @@ def _selection(cfg: DictConfig) -> Selection:
 
 def _without_gpu(cfg: DictConfig) -> DictConfig:
     """Let a configuration that asks for GPUs run on a machine that has none."""
-    if cfg.accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+    if cfg.get("accelerator") not in ("gpu", "cuda") or torch.cuda.is_available():
         return cfg
     changes = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "sync_batchnorm": False}
-    if str(cfg.precision).startswith("16"):
+    if str(cfg.get("precision")).startswith("16"):
         changes["precision"] = "bf16-mixed"
     log.warning("no GPU here: %s", " ".join(f"{key}={value}" for key, value in changes.items()))
-    OmegaConf.update(cfg, "asked", {key: cfg[key] for key in changes}, force_add=True)
-    for key, value in changes.items():
-        cfg[key] = value
-    return cfg
+    changed = cfg.copy()
+    OmegaConf.set_struct(changed, False)
+    changed.update(changes)
+    return changed
 
 
 def _folder(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp_plugin.adapters import adapt
 from cp_plugin.adapters.lightly import LightningHost
 from cp_plugin.attack import Attack, Rows, Schedule
 from cp_plugin.callbacks import snapshot
@@ -81,7 +82,7 @@ class CraftPoison(Callback):
         pipeline = Opened(loader.dataset, None).transform
         twin = mirror(pipeline).to(pl_module.device)
         self._opened = Opened(loader.dataset, self.config.image_size or twin.crop_size)
-        host = LightningHost(
+        host = adapt(
             pl_module,
             self._opened.with_views,
             self.config.momentum_modules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.adapters import adapt
 from cp_plugin.banks import Bank
 from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.feed import training_loader
@@ -64,7 +64,7 @@ class KNNMonitor(Callback):
         size = twin.crop_size
         self._normalize = twin.normalize
         self._bank, self._query = Bank.clean(bank, size), Bank.clean(query, size)
-        self._host = LightningHost(
+        self._host = adapt(
             pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
         )
 

@@ -1,10 +1,11 @@
 """Hue rotation as Pillow does it, in closed form, with a gradient that is finite everywhere.
 
-In the HSV hexcone a pixel is its largest channel M, its chroma c = M - m and a hue in [0, 6). Every
-channel of the rotated pixel is M - c * w(hue + phase) with a trapezoid w, so the rotation is
-piecewise linear in the channels once hue * c is written as their differences: no division is left
-in the gradient. Pillow holds hue and saturation in 8 bit, truncates both, and lets the hue byte
-wrap at 256 although its circle has 255 steps (Pillow, `Convert.c`; torchvision adds the byte).
+In the HSV hexcone a pixel is its smallest channel m, its chroma c and an angle h in [0, 6); channel
+n of the rotated pixel is m + c * v(h - 2n), v(d) = clamp(2 - |d|, 0, 1). The angle itself is a
+clamp: with x = (2R - G - B) / c it is +-(1.5 - x + clamp(x, -1, 1) / 2), the sign that of G - B.
+So nothing has to be sorted, and c * dh holds no division by c. Pillow keeps hue and saturation in
+8 bit, truncates both, and lets the hue byte wrap at 256 although its circle has 255 steps (Pillow,
+`Convert.c`; torchvision adds the byte).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 from cp_plugin.mirror.operation import LEVEL
 
 HALF = LEVEL / 2
-PHASES = (5.0, 3.0, 1.0)
-"""Where the trapezoids of red, green and blue start on the circle of six."""
+TINY = 1e-30
+CENTRES = (3.0, 2.0, 4.0)
+"""Angles that red, green and blue are measured from; red's is the opposite of its own, so that the
+circle is cut where its value is the same on both sides."""
 
 
 class _Pixel(NamedTuple):
@@ -26,10 +29,10 @@ class _Pixel(NamedTuple):
 
     largest: Tensor
     chroma: Tensor
-    slope: Tensor
-    hue: Tensor
-    red_largest: Tensor
-    green_largest: Tensor
+    over_chroma: Tensor
+    x: Tensor
+    side: Tensor
+    angle: Tensor
 
 
 def rotate_hue(images: Tensor, shift: Tensor, quantised: bool, out: Tensor | None = None) -> Tensor:
@@ -46,50 +49,56 @@ def rotate_hue(images: Tensor, shift: Tensor, quantised: bool, out: Tensor | Non
     """
     pixel = _analyse(images, shift, quantised)
     chroma = _kept_chroma(pixel, quantised)
+    smallest = pixel.largest - chroma
     out = torch.empty_like(images) if out is None else out
-    for channel, phase in enumerate(PHASES):
-        weight = _trapezoid(_position(pixel.hue, phase))
-        torch.addcmul(pixel.largest, weight, chroma, value=-1, out=out[:, channel])
+    for channel, centre in enumerate(CENTRES):
+        value = _height(pixel.angle - centre, channel).clamp_(0, 1)
+        torch.addcmul(smallest, chroma, value, out=out[:, channel])
     return out
 
 
-def rotate_hue_backward(images: Tensor, shift: Tensor, quantised: bool, grad: Tensor) -> Tensor:
-    """Gradient of `rotate_hue` with respect to the images."""
+def rotate_hue_backward(
+    images: Tensor, shift: Tensor, quantised: bool, grad: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Gradient of `rotate_hue` with respect to the images; `out` may be `grad`."""
     pixel = _analyse(images, shift, quantised)
     chroma = _kept_chroma(pixel, quantised)
-    along_chroma = torch.zeros_like(chroma)
-    along_hue = torch.zeros_like(chroma)
-    for channel, phase in enumerate(PHASES):
-        position = _position(pixel.hue, phase)
-        along_chroma.addcmul_(_trapezoid(position), grad[:, channel])
-        along_hue.addcmul_(_slope(position), grad[:, channel])
-    along_hue.mul_(chroma).div_(pixel.chroma.clamp(min=1e-12)).neg_()
-    along_chroma.mul_(chroma > 0)
-    from_hue = along_hue * pixel.slope
-    to_largest = grad.sum(1).sub_(along_chroma, alpha=1 - HALF if quantised else 1).sub_(from_hue)
-    to_smallest = along_chroma.add_(from_hue)
-    return _scatter(images, pixel, to_largest, to_smallest, along_hue)
+    along_chroma, along_angle = torch.zeros_like(chroma), torch.zeros_like(chroma)
+    for channel, centre in enumerate(CENTRES):
+        offset = pixel.angle - centre
+        side = offset.sgn()
+        height = _height(offset, channel)
+        inner = torch.ops.aten.hardtanh_backward(grad[:, channel], height, 0.0, 1.0)
+        along_angle.addcmul_(inner, side, value=1 if channel == 0 else -1)
+        along_chroma.addcmul_(grad[:, channel], height.clamp_(0, 1))
+    total = grad.sum(1)
+    along_chroma.sub_(total)  # the smallest channel is the largest less the chroma
+    along_chroma = torch.ops.aten.threshold_backward(along_chroma, chroma, 0)
+    along_angle.mul_(chroma).mul_(pixel.over_chroma).mul_(pixel.side)
+    along_x = torch.ops.aten.hardtanh_backward(along_angle, pixel.x, -1.0, 1.0)
+    along_x.mul_(0.5).sub_(along_angle)  # of 2R - G - B, with c fixed
+    through_chroma = torch.mul(along_x, pixel.x).neg_()
+    to_largest = total.add_(along_chroma, alpha=1 - HALF if quantised else 1).add_(through_chroma)
+    to_smallest = through_chroma.add_(along_chroma).neg_()
+    return _scatter(images, to_largest, to_smallest, along_x, out)
 
 
 def _analyse(images: Tensor, shift: Tensor, quantised: bool) -> _Pixel:
     red, green, blue = images.unbind(1)
     largest = torch.maximum(torch.maximum(red, green), blue)
-    smallest = torch.minimum(torch.minimum(red, green), blue)
-    chroma = largest - smallest
-    red_largest = red == largest
-    green_largest = green == largest
-    difference = torch.where(
-        red_largest, green - blue, torch.where(green_largest, blue - red, red - green)
-    )
-    sector = torch.where(red_largest, 0.0, torch.where(green_largest, 2.0, 4.0))
-    slope = difference.div_(chroma.clamp(min=1e-12))
-    hue = sector.to(slope.dtype).add_(slope)
+    chroma = largest - torch.minimum(torch.minimum(red, green), blue)
+    over_chroma = chroma.clamp(min=TINY).reciprocal_()
+    x = (red - green).add_(red).sub_(blue).mul_(over_chroma)
+    side = torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), green - blue)
+    angle = x.clamp(-1, 1).mul_(0.5).sub_(x).add_(1.5).mul_(side)
     if quantised:
-        hue.add_(6.0 * (hue < 0)).mul_(255 / 6).add_(shift)
-        hue.sub_(256.0 * (hue >= 256)).sub_(0.5).mul_(6 / 255)
+        angle.mul_(255 / 6)
+        angle.sub_((angle / 255).floor_(), alpha=255).add_(shift)
+        angle.sub_((angle / 256).floor_(), alpha=256).sub_(0.5).mul_(6 / 255)
     else:
-        hue.add_(6 * shift)
-    return _Pixel(largest, chroma, slope, hue, red_largest, green_largest)
+        angle.add_(6 * shift)
+        angle.sub_((angle / 6).floor_(), alpha=6)
+    return _Pixel(largest, chroma, over_chroma, x, side, angle)
 
 
 def _kept_chroma(pixel: _Pixel, quantised: bool) -> Tensor:
@@ -99,38 +108,27 @@ def _kept_chroma(pixel: _Pixel, quantised: bool) -> Tensor:
     return pixel.chroma.sub(pixel.largest, alpha=HALF).clamp_(min=0)
 
 
-def _position(hue: Tensor, phase: float) -> Tensor:
-    position = hue + phase
-    return position.sub_((position / 6).floor_(), alpha=6)
-
-
-def _trapezoid(position: Tensor) -> Tensor:
-    return (position - 2).abs_().neg_().add_(2).clamp_(0, 1)
-
-
-def _slope(position: Tensor) -> Tensor:
-    """Derivative of the trapezoid: 1 before 1, -1 between 3 and 4."""
-    falling = (position > 3) & (position < 4)
-    return (position < 1).to(position.dtype).sub_(falling.to(position.dtype))
+def _height(offset: Tensor, channel: int) -> Tensor:
+    """Height of a channel above the smallest, in chromas and unclamped; takes `offset` over."""
+    offset.abs_()
+    return offset.sub_(1) if channel == 0 else offset.neg_().add_(2)
 
 
 def _scatter(
-    images: Tensor, pixel: _Pixel, to_largest: Tensor, to_smallest: Tensor, along_hue: Tensor
+    images: Tensor, to_largest: Tensor, to_smallest: Tensor, along_x: Tensor, out: Tensor | None
 ) -> Tensor:
-    """Hand the gradients of largest, smallest and difference to the channels they came from."""
+    """Hand gradients to the channels they came from; of equal channels one gets it."""
     red, green, blue = images.unbind(1)
-    first = pixel.red_largest
-    second = pixel.green_largest & ~first
-    blue_smallest = (blue <= red) & (blue <= green)
-    green_smallest = (green <= red) & ~blue_smallest
-    red_smallest = ~(blue_smallest | green_smallest)
-    down = -along_hue
-    out = torch.empty_like(images)
-    channels = (
-        (torch.where(first, to_largest, torch.where(second, down, along_hue)), red_smallest),
-        (torch.where(first, along_hue, torch.where(second, to_largest, down)), green_smallest),
-        (torch.where(first, down, torch.where(second, along_hue, to_largest)), blue_smallest),
-    )
-    for channel, (part, is_smallest) in enumerate(channels):
-        torch.addcmul(part, to_smallest, is_smallest.to(part.dtype), out=out[:, channel])
+    pass_on = torch.ops.aten.threshold_backward
+    over_green, over_blue, green_over_blue = red - green, red - blue, green - blue
+    red_first = pass_on(to_largest, torch.minimum(over_green, over_blue), -TINY)
+    green_first = pass_on(to_largest, torch.minimum(green_over_blue + TINY, -over_green), 0)
+    to_largest.sub_(red_first).sub_(green_first)
+    blue_last = pass_on(to_smallest, torch.minimum(over_blue, green_over_blue), -TINY)
+    green_last = pass_on(to_smallest, torch.minimum(over_green, -green_over_blue - TINY), -TINY)
+    to_smallest.sub_(blue_last).sub_(green_last)
+    out = torch.empty_like(images) if out is None else out
+    torch.add(red_first, to_smallest, out=out[:, 0]).add_(along_x, alpha=2)
+    torch.add(green_first, green_last, out=out[:, 1]).sub_(along_x)
+    torch.add(to_largest, blue_last, out=out[:, 2]).sub_(along_x)
     return out

@@ -165,9 +165,8 @@ def _backward(grad: Tensor, params: Params, tape: Tape) -> Tensor:
         _affine_backward(grad, params, step, slice(params["bounds"][step], end), tape)
     if params["has_hue"]:
         (before,) = tape.pop()
-        grad[:end] = rotate_hue_backward(
-            before, params["shift"][:end], params["quantised"], grad[:end]
-        )
+        part = grad[:end]
+        rotate_hue_backward(before, params["shift"][:end], params["quantised"], part, out=part)
     for step in reversed(range(len(params["bounds"]))):
         _affine_backward(grad, params, step, slice(0, params["bounds"][step]), tape)
     return grad

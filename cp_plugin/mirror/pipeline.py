@@ -11,6 +11,7 @@ from cp_plugin.config import UserError
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Sequence
 from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize
+from cp_plugin.mirror.nodes import node_views
 from cp_plugin.mirror.operation import Operation, Params, Shape, moved
 from cp_plugin.mirror.translate import Translator
 from cp_plugin.mirror.twins_hosts import view_hosts
@@ -127,6 +128,10 @@ class Mirror(nn.Module):
                     return step.apply(images, {})
         return images
 
+    def extra_repr(self) -> str:
+        """List the operations of each view."""
+        return "\n".join(f"view {number}: {view}" for number, view in enumerate(self.pipelines))
+
     def _shape(self, images: Tensor) -> Shape:
         """Check what can be seen without looking at pixels."""
         if not isinstance(images, Tensor) or images.ndim != 4 or images.dtype not in DTYPES:
@@ -169,13 +174,15 @@ class Mirror(nn.Module):
         return first.name
 
 
-def mirror(pipeline: object) -> Mirror:
+def mirror(pipeline: object, dataset: str | None = None) -> Mirror:
     """Make the differentiable twin of a host's augmentation pipeline.
 
     Args:
         pipeline: torchvision's `Compose` (v1 or v2) or one of its transforms, solo-learn's
             `FullTransformPipeline` or `NCropAugmentation`, Lightly's `MultiViewTransform` or one
-            of its transforms, or a list of these, one a view.
+            of its transforms, a list of these, one a view; or solo-learn's YAML augmentation nodes.
+        dataset: for YAML nodes only: the data set whose mean and deviation solo-learn normalises
+            with. None, or one that it does not know: the node's `mean` and `std`, or ImageNet's.
 
     Returns:
         A module that maps images (B, C, H, W) in [0, 1] to the list of views.
@@ -184,13 +191,18 @@ def mirror(pipeline: object) -> Mirror:
         UserError: a transform of an unknown class; the text names it and says how to register a
             twin.
     """
-    hosts = view_hosts(pipeline)
+    views = node_views(pipeline, dataset)
+    if views is not None:
+        return Mirror(views)
+    found = view_hosts(pipeline)
+    hosts = [pipeline] if found is None else found
+    if not hosts:
+        raise UserError(f"the mirror expected a pipeline with at least one view, got {pipeline!r}.")
     translated: dict[int, Operation] = {}
-    for host in hosts if hosts is not None else [pipeline]:
+    for host in hosts:
         if id(host) not in translated:
             translated[id(host)] = Translator().sequence([host])
-    order = [id(host) for host in (hosts if hosts is not None else [pipeline])]
-    return Mirror([translated[key] for key in order])
+    return Mirror([translated[id(host)] for host in hosts])
 
 
 def _final_size(view: Operation) -> int | None:
