@@ -34,11 +34,14 @@ class PillowBlur(Operation):
         """Blur."""
         radius = box_radius(params["sigma"]).to(images.dtype)
         height, width = images.shape[-2:]
-        columns = torch.matrix_power(box_matrix(radius, width), PASSES)
-        rows = columns
-        if height != width:
-            rows = torch.matrix_power(box_matrix(radius, height), PASSES)
-        return separable(images, rows, columns)
+
+        def build() -> tuple[Tensor, Tensor]:
+            columns = torch.matrix_power(box_matrix(radius, width), PASSES)
+            if height == width:
+                return columns, columns
+            return torch.matrix_power(box_matrix(radius, height), PASSES), columns
+
+        return separable(images, build)
 
 
 def box_radius(sigma: Tensor) -> Tensor:
@@ -96,9 +99,14 @@ class TensorBlur(Operation):
         """Blur."""
         sigma = params["sigma"].to(images.dtype)
         height, width = images.shape[-2:]
-        columns = reflected_matrix(sigma, self.kernel_size[0], width)
-        rows = reflected_matrix(sigma, self.kernel_size[1], height)
-        return separable(images, rows, columns)
+
+        def build() -> tuple[Tensor, Tensor]:
+            return (
+                reflected_matrix(sigma, self.kernel_size[1], height),
+                reflected_matrix(sigma, self.kernel_size[0], width),
+            )
+
+        return separable(images, build)
 
 
 def reflected_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:

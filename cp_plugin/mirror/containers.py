@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,36 @@ def apply_to(images: Tensor, index: Tensor, operation: Operation, params: Params
         return images
     if len(index) == len(images):
         return operation.apply(images, params)
-    part = operation.apply(images.index_select(0, index), params)
-    return images.index_copy(0, index, part)
+    rest, part = _Take.apply(images, index)
+    out: Tensor = _Put.apply(rest, index, operation.apply(part, params))
+    return out
+
+
+class _Take(torch.autograd.Function):
+    """A part of a batch; with `_Put`, cheaper than indexing: nothing is filled with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.index = index
+        return images.view_as(images), images.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rest, part = grads
+        return rest.index_copy(0, ctx.index, part), None
+
+
+class _Put(torch.autograd.Function):
+    """The batch with that part replaced; `_Take` overwrites the part's rows of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, index: Tensor, part: Tensor) -> Tensor:
+        ctx.index = index
+        return rest.index_copy(0, index, part)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        return grads[0], None, grads[0].index_select(0, ctx.index)
 
 
 class RandomChoice(Operation):

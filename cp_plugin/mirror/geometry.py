@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cp_plugin.config import UserError
 from cp_plugin.mirror.operation import Operation, Params, Shape, Stage, chance, uniform, whole
-from cp_plugin.mirror.resample import resize_weights, separable
+from cp_plugin.mirror.resample import OVERSHOOTING, resize_weights, separable
 
 ATTEMPTS = 10
 """How often torchvision draws a crop before it takes the whole image."""
@@ -57,14 +57,19 @@ class RandomResizedCrop(Operation):
         height, width = images.shape[-2:]
         flip_x = params["flip_x"] if self.flip_horizontal else None
         flip_y = params["flip_y"] if self.flip_vertical else None
-        rows = resize_weights(
-            boxes["top"], boxes["height"], height, self.size[0], self.filter_name, flip_y
-        )
-        columns = resize_weights(
-            boxes["left"], boxes["width"], width, self.size[1], self.filter_name, flip_x
-        )
-        overshoots = self.filter_name in ("bicubic", "lanczos")
-        return separable(images, rows, columns, clamp=self.stage.rounds and overshoots)
+
+        def build() -> tuple[Tensor, Tensor]:
+            return (
+                resize_weights(
+                    boxes["top"], boxes["height"], height, self.size[0], self.filter_name, flip_y
+                ),
+                resize_weights(
+                    boxes["left"], boxes["width"], width, self.size[1], self.filter_name, flip_x
+                ),
+            )
+
+        overshoots = self.filter_name in OVERSHOOTING
+        return separable(images, build, clamp=self.stage.rounds and overshoots)
 
 
 def draw_boxes(
@@ -141,10 +146,15 @@ class Resize(Operation):
         if (height, width) == (new_height, new_width):
             return images
         zero = images.new_zeros(1)
-        rows = resize_weights(zero, zero + height, height, new_height, self.filter_name, None)
-        columns = resize_weights(zero, zero + width, width, new_width, self.filter_name, None)
-        overshoots = self.filter_name in ("bicubic", "lanczos")
-        return separable(images, rows, columns, clamp=self.stage.rounds and overshoots)
+
+        def build() -> tuple[Tensor, Tensor]:
+            return (
+                resize_weights(zero, zero + height, height, new_height, self.filter_name, None),
+                resize_weights(zero, zero + width, width, new_width, self.filter_name, None),
+            )
+
+        overshoots = self.filter_name in OVERSHOOTING
+        return separable(images, build, clamp=self.stage.rounds and overshoots)
 
 
 class CenterCrop(Operation):
@@ -253,7 +263,7 @@ class RandomCrop(Operation):
         height, width = images.shape[-2:]
         rows = self._window(params["top"], self.size[0], height, images)
         columns = self._window(params["left"], self.size[1], width, images)
-        out = separable(images, rows, columns)
+        out = separable(images, lambda: (rows, columns))
         if self.mode == "constant" and any(self.fill):
             covered = rows.sum(2)[:, None, :, None] * columns.sum(2)[:, None, None, :]
             out = out + (1 - covered) * images.new_tensor(self.fill)[:, None, None]

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from cp_plugin.mirror.colour import grey_weights
 from cp_plugin.mirror.hue import rotate_hue, rotate_hue_backward
-from cp_plugin.mirror.operation import LEVEL, Operation, Params, Shape, Stage, chance, uniform
+from cp_plugin.mirror.operation import (
+    LEVEL,
+    Operation,
+    Params,
+    Shape,
+    Stage,
+    chance,
+    portions,
+    uniform,
+)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 Range = tuple[float, float] | None
@@ -77,7 +86,6 @@ class ColorJitter(Operation):
             "order": order,
             "applied": applied,
             "forth": forth,
-            "back": forth.argsort(),
             "bounds": [int((sorted_before > step).sum()) for step in range(len(affine))],
             "end": len(sorted_before),
             "shift": _hue_shift(factors[forth, HUE], self.stage),
@@ -130,46 +138,66 @@ class _Jitter(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
         ctx.save_for_backward(images)
         ctx.params = params
-        out = _forward(images, params, None)
-        return out.index_select(0, params["back"])
+        out = torch.empty_like(images)
+        for part in portions(images, params["end"]):
+            index = params["forth"][part]
+            now = images.index_select(0, index)
+            _forward(now, _portion(params, part), None)
+            out.index_copy_(0, index, now)
+        rest = params["forth"][params["end"] :]
+        return out.index_copy_(0, rest, images.index_select(0, rest))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         params = ctx.params
-        tape: Tape = []
-        _forward(images, params, tape)
-        grad = _backward(grads[0].index_select(0, params["forth"]), params, tape)
-        return grad.index_select(0, params["back"]), None
+        out = torch.empty_like(images)
+        for part in portions(images, params["end"]):
+            index, drawn = params["forth"][part], _portion(params, part)
+            tape: Tape = []
+            _forward(images.index_select(0, index), drawn, tape)
+            grad = grads[0].index_select(0, index)
+            _backward(grad, drawn, tape)
+            out.index_copy_(0, index, grad)
+        rest = params["forth"][params["end"] :]
+        return out.index_copy_(0, rest, grads[0].index_select(0, rest)), None
 
 
-def _forward(images: Tensor, params: Params, tape: Tape | None) -> Tensor:
-    """Change colours; the result is in sorted order. Records what `_backward` needs."""
-    now = images.index_select(0, params["forth"])
+def _portion(params: Params, part: slice) -> Params:
+    """Return the parameters of a part of the sorted batch."""
+    size = part.stop - part.start
+    return {
+        **params,
+        **{key: params[key][:, part] for key in ("matrix", "mean_weight", "bias")},
+        "shift": params["shift"][part],
+        "bounds": [min(max(bound - part.start, 0), size) for bound in params["bounds"]],
+        "end": size,
+    }
+
+
+def _forward(now: Tensor, params: Params, tape: Tape | None) -> None:
+    """Change the colours of sorted images, in place. Records what `_backward` needs."""
     end = params["end"]
     for step, bound in enumerate(params["bounds"]):
         _affine(now, params, step, slice(0, bound), tape)
     if params["has_hue"]:
-        part = now[:end]
         if tape is not None:
-            tape.append((part.clone(),))
-        rotate_hue(part, params["shift"][:end], params["quantised"], out=part)
+            tape.append((now.clone(),))
+        rotate_hue(now, params["shift"], params["quantised"], out=now)
     for step, bound in enumerate(params["bounds"]):
         _affine(now, params, step, slice(bound, end), tape)
-    return now
 
 
-def _backward(grad: Tensor, params: Params, tape: Tape) -> Tensor:
+def _backward(grad: Tensor, params: Params, tape: Tape) -> None:
+    """Turn the gradient of the result into that of the images, in place."""
     end = params["end"]
     for step in reversed(range(len(params["bounds"]))):
         _affine_backward(grad, params, step, slice(params["bounds"][step], end), tape)
     if params["has_hue"]:
         (before,) = tape.pop()
-        part = grad[:end]
-        rotate_hue_backward(before, params["shift"][:end], params["quantised"], part, out=part)
+        rotate_hue_backward(before, params["shift"], params["quantised"], grad, out=grad)
     for step in reversed(range(len(params["bounds"]))):
         _affine_backward(grad, params, step, slice(0, params["bounds"][step]), tape)
-    return grad
 
 
 def _affine(now: Tensor, params: Params, step: int, part: slice, tape: Tape | None) -> None:

@@ -18,6 +18,10 @@ Params = dict[str, Any]
 Gradient = Literal["exact", "straight_through"]
 LEVEL = 1 / 255
 """One step of an 8-bit image, in [0, 1]."""
+PORTION = 2**17
+"""Numbers that an operation works on at a time: half a megabyte, so that some fit into a cache."""
+PORTION_ON_DEVICE = 2**24
+"""The same where starting a kernel costs more than memory traffic."""
 
 
 class Stage(Enum):
@@ -131,6 +135,23 @@ def whole(highs: Tensor, generator: torch.Generator | None) -> Tensor:
 def chance(count: int, p: float, generator: torch.Generator | None) -> Tensor:
     """Draw `count` truth values that are true with probability p."""
     return torch.rand(count, generator=generator, dtype=torch.float64) < p
+
+
+def portions(images: Tensor, stop: int | None = None) -> list[slice]:
+    """Cut a batch into portions that stay in a processor's cache, and keep little in memory.
+
+    Args:
+        images: (B, C, H, W).
+        stop: only the first `stop` images; None: all.
+    """
+    stop = len(images) if stop is None else stop
+    if not stop:
+        return []
+    budget = PORTION_ON_DEVICE
+    if images.device.type == "cpu":
+        budget = min(PORTION, max(images.numel() // 8, PORTION // 8))
+    step = max(1, budget // max(1, images[0].numel()))
+    return [slice(start, min(start + step, stop)) for start in range(0, stop, step)]
 
 
 def moved(params: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -77,7 +77,7 @@ class Mirror(nn.Module):
                 f"the mirror draws on the CPU, got a generator on {generator.device}: pass "
                 "torch.Generator() without a device."
             )
-        drawn = [view.sample(shape, generator) for view in self.pipelines]
+        drawn = [{**view.sample(shape, generator), "batch": shape.batch} for view in self.pipelines]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         moved_params: list[Params] = moved(drawn, images.device, dtype)
         return moved_params
@@ -107,7 +107,15 @@ class Mirror(nn.Module):
         self._shape(images)
         self._check_values(images, check)
         if len(params) != self.views:
-            raise UserError(f"expected parameters of {self.views} views, got {len(params)}.")
+            raise UserError(
+                f"apply expected parameters of {self.views} views, got {len(params)}: pass what "
+                "sample returned."
+            )
+        if params and params[0]["batch"] != len(images):
+            raise UserError(
+                f"apply expected the {params[0]['batch']} images that parameters were drawn for, "
+                f"got {len(images)}: sample again for every batch."
+            )
         precise = images if images.dtype == torch.float64 else images.float()
         last = images.is_contiguous(memory_format=torch.channels_last)
         channels_last = last and not images.is_contiguous()

@@ -7,13 +7,17 @@ the crop's columns, a flip reverses their rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0, "box": 0.5, "hamming": 1.0, "lanczos": 3.0}
-"""Half width of Pillow's filters, in pixels of the smaller image."""
+from cp_plugin.mirror.operation import portions
+
+Build = Callable[[], tuple[Tensor, Tensor]]
+OVERSHOOTING = ("bicubic", "lanczos")
+"""Filters with negative weights: 8-bit images are clipped after each pass."""
 
 
 def filter_values(name: str, distance: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def resize_weights(
         length: (B,) pixels in the crop, floating point.
         source: pixels along this axis of the image.
         target: pixels to make.
-        filter_name: `nearest` or a key of `SUPPORT`.
+        filter_name: the name of one of Pillow's.
         flip: (B,) truth values, or None.
 
     Returns:
@@ -68,48 +72,70 @@ def resize_weights(
 
 
 class _Separable(torch.autograd.Function):
-    """rows @ images @ columns^T, optionally clamped to [0, 1] after each product."""
+    """rows @ images @ columns^T, optionally clamped to [0, 1] after each product.
+
+    Matrices are as large as images: they are made again in the backward pass, not kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, rows: Tensor, columns: Tensor, clamp: bool) -> Tensor:
-        b, c, height, width = images.shape
-        wide = torch.matmul(images.reshape(b, c * height, width), columns.mT)
-        wide = wide.view(b, c, height, -1)
-        if clamp:
-            wide.clamp_(0, 1)
-        out = torch.matmul(rows[:, None], wide)
+    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
+        rows, columns = build()
+        out = images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1])
+        for part in portions(images):
+            wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
+            torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
+        ctx.build = build
         if clamp:
             out.clamp_(0, 1)
-            ctx.save_for_backward(rows, columns, wide, out)
-        else:
-            ctx.save_for_backward(rows, columns)
+            ctx.save_for_backward(images, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grads[0]
-        rows, columns, *clamped = ctx.saved_tensors
-        if clamped:
-            grad = torch.ops.aten.hardtanh_backward(grad, clamped[1], 0.0, 1.0)
-        grad = torch.matmul(rows.mT[:, None], grad)
-        if clamped:
-            grad = torch.ops.aten.hardtanh_backward(grad, clamped[0], 0.0, 1.0)
-        b, c, height, width = grad.shape
-        grad = torch.matmul(grad.reshape(b, c * height, width), columns)
-        return grad.view(b, c, height, -1), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.build()
+        b, c = grads[0].shape[:2]
+        height, width = rows.shape[2], columns.shape[2]
+        result = grads[0].new_empty(b, c, height, width)
+        for part in portions(result):
+            grad, horizontal = grads[0][part], columns[_of(columns, part)]
+            if ctx.saved_tensors:
+                images, out = ctx.saved_tensors
+                grad = _hardtanh_backward(grad, out[part], 0.0, 1.0)
+            grad = torch.matmul(rows[_of(rows, part), None].mT, grad)
+            if ctx.saved_tensors:
+                wide = _horizontal(images[part], horizontal, True)
+                grad = _hardtanh_backward(grad, wide, 0.0, 1.0)
+            flat = result[part].view(len(grad), c * height, width)
+            torch.matmul(grad.view(len(grad), c * height, -1), horizontal, out=flat)
+        return result, None, None
 
 
-def separable(images: Tensor, rows: Tensor, columns: Tensor, clamp: bool = False) -> Tensor:
+_hardtanh_backward = torch.ops.aten.hardtanh_backward
+
+
+def _horizontal(images: Tensor, columns: Tensor, clamp: bool) -> Tensor:
+    b, c, height, width = images.shape
+    wide = torch.matmul(images.reshape(b, c * height, width), columns.mT)
+    if clamp:
+        wide.clamp_(0, 1)
+    return wide.view(b, c, height, -1)
+
+
+def _of(matrices: Tensor, part: slice) -> slice:
+    """Return the part of matrices that belongs to images, which may share one."""
+    return part if len(matrices) > 1 else slice(None)
+
+
+def separable(images: Tensor, build: Build, clamp: bool = False) -> Tensor:
     """Multiply every image with a matrix along each axis, columns (the horizontal pass) first.
 
     Args:
         images: (B, C, H, W).
-        rows: (B or 1, h, H).
-        columns: (B or 1, w, W).
+        build: makes the matrices, always the same: rows (B or 1, h, H), columns (B or 1, w, W).
         clamp: to [0, 1] after each of the two products, as 8-bit images are.
 
     Returns:
         (B, C, h, w), contiguous.
     """
-    out: Tensor = _Separable.apply(images, rows, columns, clamp)
+    out: Tensor = _Separable.apply(images, build, clamp)
     return out
