@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.adapters.solo import SoloHost, is_solo
 
 
 def adapt(module: Any, *arguments: Any) -> LightningHost:
@@ -14,4 +15,4 @@ def adapt(module: Any, *arguments: Any) -> LightningHost:
         module: a LightningModule.
         arguments: those of `LightningHost` after the module.
     """
-    return LightningHost(module, *arguments)
+    return (SoloHost if is_solo(module) else LightningHost)(module, *arguments)
