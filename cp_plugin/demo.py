@@ -80,6 +80,7 @@ def _common(out: Path, seed: int) -> list[str]:
         f"checkpoint.dir={out / 'runs'}",
         f"max_epochs={VICTIM_EPOCHS}",
         "data.num_workers=0",
+        "+backbone.kwargs.stem_stride=2",
         "+monitor=knn",
         "monitor.every_n_epochs=1000",
     ]

@@ -48,6 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: anything in the configuration, the data or the poison that the user can mend.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets INFO when imported
     selection = _selection(cfg)
     settings = complete(_without_gpu(cfg))
     folder, checkpoint, finished = _folder(settings, selection)

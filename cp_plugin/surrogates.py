@@ -26,7 +26,7 @@ STEM_POOLS = ("maxpool", "features.pool0", "stem.pool", "layer0.pool")
 _log = logging.getLogger(__name__)
 
 
-def surrogate(name: str, image_size: int, **kwargs: Any) -> nn.Module:
+def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -> nn.Module:
     """Build a timm model as an encoder: no classifier, features pooled over the image.
 
     Images of up to 64 pixels get a stem that keeps their resolution, as CIFAR ResNets have
@@ -37,6 +37,8 @@ def surrogate(name: str, image_size: int, **kwargs: Any) -> nn.Module:
     Args:
         name: a timm model, with or without the prefix `timm/`.
         image_size: side of the images in pixels.
+        stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is four
+            times cheaper and sees less detail.
         **kwargs: for `timm.create_model`, such as `channels=[16, 32, 64, 128]` for ResNets.
 
     Returns:
@@ -49,13 +51,15 @@ def surrogate(name: str, image_size: int, **kwargs: Any) -> nn.Module:
     """
     architecture = name.removeprefix("timm/")
     _check_name(architecture)
+    if stem_stride not in (1, 2):
+        raise UserError(f"backbone.kwargs.stem_stride must be 1 or 2, got {stem_stride}.")
     model = _create(architecture, kwargs)
     _check_stem_width(model, architecture, kwargs)
     patches = _patch_arguments(model, architecture, image_size, kwargs)
     if patches:
         model = _create_patched(architecture, kwargs, patches, _reduction(model))
     if image_size <= SMALL_IMAGE and "patch_size" not in {**kwargs, **patches}:
-        _keep_resolution(model, architecture)
+        _keep_resolution(model, architecture, stem_stride)
     _check_output(model, architecture, image_size)
     return model
 
@@ -154,16 +158,16 @@ def _patch_size(model: nn.Module, architecture: str) -> int | None:
     return None
 
 
-def _keep_resolution(model: nn.Module, architecture: str) -> None:
-    """Take the strides out of a convolutional stem."""
+def _keep_resolution(model: nn.Module, architecture: str, stem_stride: int) -> None:
+    """Take the strides out of a convolutional stem, all or all but one."""
     convs = _first_convs(model, architecture)
     strided = [conv for conv in convs if conv.stride[0] > 1]
     patches = any(conv.kernel_size == conv.stride for conv in strided)
     if not convs or patches or _fixed_input_size(architecture):
         _say_no_small_stem(architecture)
         return
-    for conv in strided:
-        conv.stride = (1, 1)
+    for number, conv in enumerate(strided):
+        conv.stride = (stem_stride, stem_stride) if number == 0 else (1, 1)
         if conv.kernel_size[0] > 3:
             _shrink_kernel(conv)
     for path in STEM_POOLS:
