@@ -1,20 +1,31 @@
-"""Any LightningModule that computes its SSL loss in `training_step`: Lightly's style, and our engine's."""
+"""Any LightningModule with its SSL loss in `training_step`: Lightly's style, and our engine's."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from cp_plugin.adapters.momentum import find_momentum_modules
+from cp_plugin.adapters.fitting import check_labels, check_module
+from cp_plugin.adapters.momentum import confirmed_branch, find_momentum_modules
+from cp_plugin.adapters.observation import named_networks, observe
 from cp_plugin.config import UserError
 from cp_plugin.host import Batch
 
-ENCODER_NAMES = ("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder")
+log = logging.getLogger("cp_plugin")
+
+ENCODER_NAMES = (
+    *("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder"),
+    *("student_encoder", "encoder_q", "backbone_q", "query_backbone", "online", "student"),
+    *("model", "network", "net", "resnet", "vit"),
+)
+BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 
 
 class LightningHost:
@@ -39,21 +50,16 @@ class LightningHost:
             precision: makes the context that casts as the trainer does.
 
         Raises:
-            UserError: the module optimises by hand, or `momentum_modules` names no submodule.
+            UserError: `momentum_modules` names no network of the module.
         """
-        if not module.automatic_optimization:
-            raise UserError(
-                f"{type(module).__name__} optimises by hand (automatic_optimization=False); its "
-                "training_step would train in the noise phase. Return the loss instead, or use "
-                "a module that returns it."
-            )
         self.module: nn.Module = module
         self.method = type(module).__name__
         self._with_views = with_views
         self._precision = precision
+        self._auto = momentum_modules == "auto"
         self._momentum = find_momentum_modules(module, momentum_modules)
-        parameters = inspect.signature(module.training_step).parameters
-        self._extra = (0,) if len(parameters) > 1 else ()
+        self._readers: list[nn.Module] = []
+        self._takes_index = _takes_index(module.training_step)
 
     @property
     def momentum_names(self) -> tuple[str, ...]:
@@ -65,11 +71,61 @@ class LightningHost:
         """Where the module is."""
         return next(self.module.parameters()).device
 
+    def check(self, views: int) -> None:
+        """Check that the module's loss can be minimised over a perturbation.
+
+        Args:
+            views: number of views of an image.
+
+        Raises:
+            UserError: it optimises by hand, reads its loader itself, or its method compares no two
+                views (masked modelling, I-JEPA).
+        """
+        check_module(self.module, views)
+
+    def settle(self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None) -> None:
+        """Watch one step: it shows what the momentum branch is, and whether labels stay outside.
+
+        To be called once, on the first batch. The module is left as it was.
+
+        Args:
+            views: V views, each float (B, C, h, w).
+            batch: what they were made of.
+            labels: int64 (B), the data set's labels of these images, if it has any.
+
+        Raises:
+            UserError: the gradient with respect to the views depends on the labels.
+        """
+        seen = observe(self.module, lambda made: self.loss(made, batch), views)
+        self._readers = seen.readers(self.module)
+        if self._auto and seen.trained:
+            idle = [name for name, network in self._momentum.items() if not seen.ran(network)]
+            if idle:
+                log.warning(
+                    "%s of %s never ran, so no gradient flows through it; if it runs later on, "
+                    "name it with momentum_modules=[…]",
+                    ", ".join(idle),
+                    self.method,
+                )
+            self._momentum = confirmed_branch(self.module, seen)
+        log.info("momentum branch of %s: %s", self.method, ", ".join(self._momentum) or "none")
+        check_labels(self, views, batch, labels)
+
     def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the loss of the module's own `training_step` on these views."""
-        with self._precision():
-            step: Any = self.module.training_step
-            output = step(self._with_views(batch.sample, views), *self._extra)
+        module: Any = self.module
+        index = (_batch_index(module),) if self._takes_index else ()
+        hooks = [
+            reader.register_forward_pre_hook(_detached, prepend=True, with_kwargs=True)
+            for reader in self._readers
+            if self._momentum
+        ]
+        try:
+            with self._precision():
+                output = module.training_step(self._own_batch(views, batch), *index)
+        finally:
+            for hook in hooks:
+                hook.remove()
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise UserError(
@@ -79,8 +135,9 @@ class LightningHost:
         return loss
 
     def momentum_modules(self) -> Sequence[nn.Module]:
-        """Return the modules of the momentum branch."""
-        return list(self._momentum.values())
+        """Return the momentum branch as it is now; a step may have replaced its modules."""
+        networks = named_networks(self.module)
+        return [networks.get(name, found) for name, found in self._momentum.items()]
 
     def encoder(self) -> nn.Module:
         """Return the module whose output is the representation.
@@ -88,9 +145,13 @@ class LightningHost:
         Raises:
             UserError: none of the usual names is there.
         """
-        for name in ENCODER_NAMES:
-            if isinstance(encoder := getattr(self.module, name, None), nn.Module):
-                return encoder
+        networks = named_networks(self.module)
+        for depth in range(3):
+            for wanted in ENCODER_NAMES:
+                for name, network in networks.items():
+                    path = name.split(".")
+                    if path[depth:] == [wanted] and not _is_container(network):
+                        return network
         raise UserError(
             f"{self.method} has no encoder under the usual names ({', '.join(ENCODER_NAMES)}); "
             "pass encoder=… to KNNMonitor."
@@ -109,3 +170,40 @@ class LightningHost:
             for child, training in modes.items():
                 child.training = training
         return features.flatten(1).float()
+
+    def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
+        """Return the batch as the module gets it from its trainer, its own hooks included."""
+        sample = self._with_views(batch.sample, views)
+        for name in BATCH_HOOKS:
+            own = getattr(type(self.module), name, None)
+            if own is not None:
+                sample = own(self.module, sample, 0)
+        return sample
+
+
+def _takes_index(training_step: Callable[..., Any]) -> bool:
+    """Tell, as Lightning does, whether a step takes the number of the batch."""
+    parameters = inspect.signature(training_step).parameters
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())
+    return several or len(parameters) > 1
+
+
+def _batch_index(module: Any) -> int:
+    """Return the number of the batch that the trainer is at."""
+    trainer = getattr(module, "_trainer", None)
+    loop = getattr(trainer, "fit_loop", None)
+    return max(0, int(getattr(loop, "batch_idx", 0)))
+
+
+def _is_container(network: nn.Module) -> bool:
+    """Tell a module without a forward of its own from one that can be called."""
+    return type(network).forward is nn.Module.forward
+
+
+def _detached(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Detach what goes into a module, also where a release would keep the gradient."""
+    with torch._C.DisableTorchFunction():
+        detached: tuple[Any, Any] = tree_map(
+            lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)
+        )
+    return detached

@@ -1,15 +1,35 @@
-"""Finding the momentum branch of a module that somebody else wrote."""
+"""Finding the momentum branch of a module that somebody else wrote, before and after it has run.
+
+A branch is told by what it is, not by what it is called: a network with a twin (same parameter
+names and shapes) where the twin trains and it does not. Names and frozen weights are signs that can
+be read before the method runs (`find_momentum_modules`); one run of the method then settles it
+(`confirmed_branch`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
+from cp_plugin.adapters.observation import Observation, named_networks, units_in
 from cp_plugin.config import UserError
 
-_MOMENTUM_WORD = re.compile(r"(?:^|_)(?:momentum|ema|teacher|target|key|slow)(?:_|\d|$)")
+BRANCH_WORDS = frozenset(
+    {"momentum", "ema", "teacher", "target", "key", "slow", "averaged", "polyak", "swa"}
+)
+TWIN_WORDS = frozenset({"student", "online", "query", "anchor", "q"})
+NAMED_DEPTH = 2
+"""Deeper names say nothing before the method has run: attention has keys and queries too."""
+LABEL_WORDS = ("classifier", "probe")
+LABEL_CLASS = "OnlineLinearClassifier"
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+Twins = dict[str, list[str]]
 
 
 def find_momentum_modules(
@@ -17,61 +37,154 @@ def find_momentum_modules(
 ) -> dict[str, nn.Module]:
     """Return the modules of the momentum branch by name; empty when there are none.
 
-    A branch is a submodule that has a twin (another one with the same parameter names and shapes)
-    and is either frozen while its twin trains, or named after its role (`*_momentum`, `teacher_*`,
-    `target_*`, `ema_*`, `key_*`).
+    Read before the method runs: a network with a twin that is frozen while its twin trains, or that
+    is called after its role (`*_momentum`, `teacher_*`, `target`, `ema`, …) while its twin is not,
+    or whose twin is called `student_*`, `online_*`, … while it is not. Networks that a module keeps
+    in lists or dictionaries, where `parameters()` does not see them, are looked at too.
 
     Args:
         module: the method.
-        names: `auto`, or the submodules' dotted names.
+        names: `auto`, or the networks' dotted names.
 
     Raises:
-        UserError: a name is no submodule.
+        UserError: a name is no network of the module.
     """
+    known = named_networks(module)
     if names != "auto":
-        wanted = [names] if isinstance(names, str) else list(names)
-        known = dict(module.named_modules())
-        for name in wanted:
-            if name not in known:
-                raise UserError(
-                    f"poison.momentum_modules names {name!r}, which is no submodule; known: "
-                    f"{', '.join(name for name, _ in module.named_children())}."
-                )
-        return {name: known[name] for name in wanted}
-    candidates = list(_parametrised(module))
+        return _by_name(known, [names] if isinstance(names, str) else list(names))
+    twins = _twins(known)
     found: dict[str, nn.Module] = {}
-    for name, candidate in candidates:
-        if any(name.startswith(f"{parent}.") for parent in found):
+    for name, candidate in known.items():
+        if _inside(name, found) or _sees_labels(name, known):
             continue
-        twins = [
-            (other_name, other)
-            for other_name, other in candidates
-            if other is not candidate and _shapes(other) == _shapes(candidate)
-        ]
-        if not twins:
-            continue
-        frozen = not _trains(candidate) and any(_trains(other) for _, other in twins)
-        named = bool(_MOMENTUM_WORD.search(name.rsplit(".", 1)[-1])) and any(
-            not _MOMENTUM_WORD.search(other_name) for other_name, _ in twins
-        )
+        others = twins[name]
+        frozen = not _trains(candidate) and any(_trains(known[other]) for other in others)
+        named = name.count(".") < NAMED_DEPTH and any(_named_so(name, other) for other in others)
         if frozen or named:
             found[name] = candidate
     return found
 
 
-def _parametrised(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children and grandchildren with parameters, outermost first."""
-    for name, child in module.named_children():
-        if any(True for _ in child.parameters()):
-            yield name, child
-            for inner_name, inner in child.named_children():
-                if any(True for _ in inner.parameters()):
-                    yield f"{name}.{inner_name}", inner
+def confirmed_branch(module: nn.Module, observation: Observation) -> dict[str, nn.Module]:
+    """Return the momentum branch of a method that was seen running.
+
+    A network belongs to it if it ran, the loss trains none of its parameters, and it has a twin
+    that the loss does train; and either its outputs reach the loss only where the host has cut the
+    gradient, or there is a sign that it follows its twin: equal weights, weights that the step
+    wrote, or its name. Where it has no twin as a whole (a target without the predictor), its parts
+    may have.
+
+    Args:
+        module: the method.
+        observation: of one step, see `cp_plugin.adapters.observation.observe`.
+    """
+    known = named_networks(module)
+    twins = _twins(known)
+    found: dict[str, nn.Module] = {}
+    for name, candidate in known.items():
+        if _inside(name, found) or _sees_labels(name, known):
+            continue
+        if not observation.ran(candidate) or observation.trains(candidate):
+            continue
+        others = [known[other] for other in twins[name] if observation.trains(known[other])]
+        parts = [] if others else _twins_of_parts(candidate, known, observation)
+        follows = (
+            observation.writes(candidate)
+            or any(_same_weights(candidate, other) for other in others or parts)
+            or any(_named_so(name, other) for other in twins[name])
+            or bool(_words(name) & BRANCH_WORDS)
+        )
+        if (others and observation.cuts(candidate)) or ((others or parts) and follows):
+            found[name] = candidate
+    return found
 
 
-def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+def _by_name(known: Mapping[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.Module]:
+    for name in wanted:
+        if name not in known:
+            outermost = [other for other in known if "." not in other]
+            raise UserError(
+                f"poison.momentum_modules names {name!r}, which is no network of the module; "
+                f"known: {', '.join(outermost)}."
+            )
+    return {name: known[name] for name in wanted}
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def _twins(known: Mapping[str, nn.Module]) -> Twins:
+    """Return, by name, the other networks with the same parameter names and shapes.
+
+    Neither its own parts nor what contains it nor what shares a parameter with it is a twin.
+    """
+    groups: defaultdict[Any, list[str]] = defaultdict(list)
+    for name, network in known.items():
+        groups[_shapes(network)].append(name)
+    twins: Twins = {}
+    for names in groups.values():
+        for name in names:
+            own = {id(parameter) for parameter in known[name].parameters()}
+            twins[name] = [
+                other
+                for other in names
+                if other != name and own.isdisjoint(map(id, known[other].parameters()))
+            ]
+    return twins
+
+
+def _twins_of_parts(
+    candidate: nn.Module, known: Mapping[str, nn.Module], observation: Observation
+) -> list[nn.Module]:
+    """Return a trained twin for every unit of a network, or nothing if one unit has none."""
+    own = {id(parameter) for parameter in candidate.parameters()}
+    trained: defaultdict[Any, list[nn.Module]] = defaultdict(list)
+    for network in known.values():
+        for unit in units_in(network):
+            if observation.trains(unit) and own.isdisjoint(map(id, unit.parameters())):
+                trained[type(unit), _shapes(unit)].append(unit)
+    parts = [trained[type(unit), _shapes(unit)] for unit in units_in(candidate)]
+    return [twin for twins in parts for twin in twins] if all(parts) else []
+
+
+def _same_weights(candidate: nn.Module, other: nn.Module) -> bool:
+    """Tell whether weights are equal that two random draws never make equal."""
+    pairs = zip(candidate.parameters(), other.parameters(), strict=False)
+    return any(
+        a.ndim > 1 and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+        for a, b in pairs
+    )
+
+
+def _named_so(name: str, other: str) -> bool:
+    """Tell whether a network is named as the branch, or its twin as the one that trains."""
+    own, theirs = _words(name), _words(other)
+    as_branch = bool(own & BRANCH_WORDS) and not theirs & BRANCH_WORDS
+    as_twin = bool(theirs & TWIN_WORDS) and not own & TWIN_WORDS
+    return as_branch or as_twin
+
+
+def _words(name: str) -> set[str]:
+    return {word.lower() for word in _WORDS.findall(name)}
+
+
+def _sees_labels(name: str, known: Mapping[str, nn.Module]) -> bool:
+    parents = _prefixes(name)
+    return any(word in name.lower() for word in LABEL_WORDS) or any(
+        type(known[parent]).__name__ == LABEL_CLASS for parent in parents if parent in known
+    )
+
+
+def _inside(name: str, found: Mapping[str, nn.Module]) -> bool:
+    return any(parent in found for parent in _prefixes(name))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])
+
+
+def _shapes(network: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(value.shape)) for name, value in network.named_parameters())
+
+
+def _trains(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())

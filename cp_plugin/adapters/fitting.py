@@ -1,0 +1,156 @@
+"""Whether a module fits the contract: a loss of two or more views, free of labels, returned."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from cp_plugin.config import UserError
+from cp_plugin.host import Batch
+from cp_plugin.release import release, untouched
+
+MASKED = {
+    "MAEDecoder": "MAE",
+    "MAEDecoderTIMM": "MAE",
+    "MAEBackbone": "MAE",
+    "PixioDecoderTIMM": "Pixio",
+    "IJEPAPredictor": "I-JEPA",
+    "IJEPAPredictorTIMM": "I-JEPA",
+    "IJEPABackbone": "I-JEPA",
+    "AIMPredictionHead": "AIM",
+    "MaskedCausalVisionTransformer": "AIM",
+    "CAPIPredictorTIMM": "CAPI",
+}
+"""Lightly's building blocks of methods that predict hidden parts of one view, and the methods."""
+NOISE = 10.0
+"""A gradient depends on labels if they change it more than this many times what chance does."""
+SMALLEST = 1e-5
+
+
+class Fits(Protocol):
+    """What `check_labels` needs of a host."""
+
+    method: str
+    module: nn.Module
+
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Return the loss."""
+        ...
+
+    def momentum_modules(self) -> Sequence[nn.Module]:
+        """Return the momentum branch."""
+        ...
+
+
+def check_module(module: Any, views: int) -> None:
+    """Check what can be seen before a step has run.
+
+    Args:
+        module: a LightningModule.
+        views: number of views that its transform makes of an image.
+
+    Raises:
+        UserError: it optimises by hand, takes the loader's iterator, or masks its images.
+    """
+    name = type(module).__name__
+    if not getattr(module, "automatic_optimization", True):
+        raise UserError(
+            f"{name} optimises by hand (automatic_optimization=False, as several optimizers need "
+            "it); its training_step would train in the noise phase. Return the loss from "
+            "training_step and use one optimizer, with parameter groups where rates differ."
+        )
+    step = getattr(module, "training_step", None)
+    if step is not None and "dataloader_iter" in inspect.signature(step).parameters:
+        raise UserError(
+            f"{name}.training_step takes dataloader_iter, so no row numbers can be added to its "
+            "batches; take `batch, batch_idx` instead."
+        )
+    for part in module.modules():
+        for base in type(part).__mro__:
+            if base.__name__ in MASKED and base.__module__.startswith("lightly."):
+                raise UserError(_masked(name, f"{MASKED[base.__name__]}'s {base.__name__}"))
+    if views < 2:
+        raise UserError(_masked(name, "a transform that makes one view"))
+
+
+def check_labels(host: Fits, views: Sequence[Tensor], batch: Batch, labels: Tensor | None) -> None:
+    """Check that the gradient with respect to the views is the same whatever the labels are.
+
+    Args:
+        host: the method; left as it was found.
+        views: V views, each float (B, C, h, w).
+        batch: what they were made of.
+        labels: int64 (B); None: integers of the sample that repeat are taken for labels.
+
+    Raises:
+        UserError: it is not: the method uses labels by design, or a classifier was not found.
+    """
+    rolled = batch._replace(sample=tree_map(_roller(batch, labels), batch.sample))
+    pairs = zip(_tensors(batch.sample), _tensors(rolled.sample), strict=True)
+    if all(torch.equal(before, after) for before, after in pairs):
+        return
+    first, other = _gradient(host, views, batch), _gradient(host, views, rolled)
+    size = sum(float(g.norm()) for g in first)
+    change = _distance(first, other)
+    if change <= SMALLEST * size:
+        return
+    if change > NOISE * _distance(first, _gradient(host, views, batch)):
+        raise UserError(
+            f"the loss of {host.method} depends on the labels of its batch: with other labels its "
+            f"gradient changes by {100 * change / max(size, 1e-30):.2g} %. A contrastive poison "
+            "minimises a loss without labels: leave the supervised term out, or call the module "
+            "that reads labels `…classifier` and give it detached features."
+        )
+
+
+def _gradient(host: Fits, views: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    leaves = [view.detach().requires_grad_() for view in views]
+    with untouched(host.module), torch.enable_grad():
+        host.module.eval()
+        with release(host.module, host.momentum_modules()):
+            loss = host.loss([leaf.clone() for leaf in leaves], batch)
+        if not loss.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    pairs = zip(found, leaves, strict=True)
+    return [torch.zeros_like(leaf) if g is None else g.float() for g, leaf in pairs]
+
+
+def _distance(first: list[Tensor], other: list[Tensor]) -> float:
+    return sum(float((a - b).norm()) for a, b in zip(first, other, strict=True))
+
+
+def _roller(batch: Batch, labels: Tensor | None) -> Callable[[Any], Any]:
+    """Return what gives every image another image's label; values stay those of the batch."""
+    count = len(batch.rows)
+    known = None if labels is None else labels.cpu()
+
+    def roll(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != (count,) or value.is_floating_point():
+            return value
+        own = value.cpu()
+        if len(set(own.tolist())) == count and (known is None or not torch.equal(own, known)):
+            return value  # a number of its own for each image is no label
+        changes = (shift for shift in range(1, count) if not torch.equal(own.roll(shift), own))
+        return value.roll(next(changes, 0))
+
+    return roll
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    leaves: list[Tensor] = []
+    tree_map(lambda value: leaves.append(value) if isinstance(value, Tensor) else None, tree)
+    yield from leaves
+
+
+def _masked(name: str, what: str) -> str:
+    return (
+        f"{name} has {what}: it predicts hidden parts of one view (masked modelling, I-JEPA), "
+        "and a contrastive poison minimises a loss that compares two or more views. Use a method "
+        "such as SimCLR, MoCo, BYOL or DINO as surrogate; any method can be a victim."
+    )

@@ -1,0 +1,148 @@
+"""One training step watched: which networks ran, which the loss trains, which it is cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cp_plugin.branches import graph_below, is_compiled, tensors_in
+from cp_plugin.untouched import untouched
+
+
+@dataclass
+class Observation:
+    """What was seen; networks are told apart by identity."""
+
+    calls: dict[int, list[bool]] = field(default_factory=dict)
+    """By unit that ran: for every call, whether its input carried a gradient."""
+    trained: set[int] = field(default_factory=set)
+    """Parameters that the loss trains."""
+    connected: set[int] = field(default_factory=set)
+    """Units with an output from which a gradient path leads to the loss."""
+    written: set[int] = field(default_factory=set)
+    """Parameters that the step itself wrote."""
+
+    def ran(self, network: nn.Module) -> bool:
+        """Whether a part of the network was called."""
+        return any(id(unit) in self.calls for unit in units_in(network))
+
+    def trains(self, network: nn.Module) -> bool:
+        """Whether the loss has a gradient for a parameter of the network."""
+        return any(id(parameter) in self.trained for parameter in network.parameters())
+
+    def cuts(self, network: nn.Module) -> bool:
+        """Whether no gradient can flow from the loss into the network."""
+        return not any(id(unit) in self.connected for unit in units_in(network))
+
+    def writes(self, network: nn.Module) -> bool:
+        """Whether the step wrote to weights of the network."""
+        return any(id(parameter) in self.written for parameter in network.parameters())
+
+    def readers(self, module: nn.Module) -> list[nn.Module]:
+        """Return the units that train, but only ever on input cut from the views: probes."""
+        return [
+            unit
+            for network in named_networks(module).values()
+            for unit in units_in(network)
+            if self.trains(unit) and self.calls.get(id(unit)) and not any(self.calls[id(unit)])
+        ]
+
+
+def observe(
+    module: nn.Module, loss: Callable[[Sequence[Tensor]], Tensor], views: Sequence[Tensor]
+) -> Observation:
+    """Run a step in eval mode, as the noise phase does, and watch it; the module stays as it was.
+
+    Args:
+        module: the method.
+        loss: the method's loss of its views.
+        views: V views, each float (B, C, h, w).
+    """
+    seen = Observation()
+    outputs: list[tuple[nn.Module, Any]] = []
+
+    def note(unit: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+        carries = any(t.requires_grad and not isinstance(t, nn.Parameter) for t in inputs)
+        seen.calls.setdefault(id(unit), []).append(carries)
+        outputs.extend((unit, tensor.grad_fn) for tensor in _outputs(output))
+
+    units = {id(u): u for n in named_networks(module).values() for u in units_in(n)}
+    with untouched(module, freeze=False), torch.enable_grad():
+        module.eval()
+        before = {id(p): (p._version, p.data_ptr()) for p in _parameters(units.values())}
+        hooks: list[RemovableHandle] = [
+            unit.register_forward_hook(note, with_kwargs=True) for unit in units.values()
+        ]
+        try:
+            value = loss([view.detach().requires_grad_().clone() for view in views])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        below = graph_below([value])
+        after = {id(p): (p._version, p.data_ptr()) for p in _parameters(units.values())}
+    seen.trained = {id(node.variable) for node in below if hasattr(node, "variable")}
+    seen.connected = {id(unit) for unit, node in outputs if node is not None and node in below}
+    seen.written = {key for key, state in after.items() if before.get(key, state) != state}
+    return seen
+
+
+def named_networks(module: nn.Module) -> dict[str, nn.Module]:
+    """Return every network with parameters by its dotted name, outermost first.
+
+    Those that a module keeps in lists, tuples or dictionaries are named `list.0`, `dict.key`.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = {id(module)}
+    todo: list[tuple[str, nn.Module]] = [("", module)]
+    while todo:
+        prefix, parent = todo.pop(0)
+        for name, child in _children(parent):
+            if id(child) not in seen and any(True for _ in child.parameters()):
+                seen.add(id(child))
+                found[f"{prefix}{name}"] = child
+                todo.append((f"{prefix}{name}.", child))
+    return found
+
+
+def units_in(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that hold parameters of their own; a compiled one counts as a whole."""
+    if is_compiled(network) or any(True for _ in network.parameters(recurse=False)):
+        yield network
+        if is_compiled(network):
+            return
+    for child in network.children():
+        yield from units_in(child)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from module.named_children()
+    registered = set(vars(nn.Module())) | {"_trainer", "_fabric"}
+    for name, value in vars(module).items():
+        if name not in registered:
+            yield from _hidden(name, value)
+
+
+def _hidden(name: str, value: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value[:64]):
+            yield from _hidden(f"{name}.{number}", item)
+    elif isinstance(value, dict):
+        for key, item in list(value.items())[:64]:
+            yield from _hidden(f"{name}.{key}", item)
+
+
+def _parameters(units: Any) -> Iterator[nn.Parameter]:
+    for unit in units:
+        yield from unit.parameters()
+
+
+def _outputs(output: Any) -> Iterator[Tensor]:
+    yield from tensors_in(vars(output) if hasattr(output, "__dataclass_fields__") else output)

@@ -1,0 +1,242 @@
+"""What is crafted and how far: rows of delta for the images of a data set, schedule, poison.
+
+The shell around the attack that the Lightning callback and the plain loop share.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.attack import Attack, Rows, Schedule
+from cp_plugin.config import EPOCH, CraftConfig, UserError
+from cp_plugin.data import Opened, class_names, labels
+from cp_plugin.host import Batch
+from cp_plugin.mirror import Mirror
+from cp_plugin.perturbation import Perturbation
+from cp_plugin.poison import Poison
+from cp_plugin.provenance import versions
+
+log = logging.getLogger("cp_plugin")
+
+MAPPED_BYTES = 8 << 30
+"""A perturbation larger than this is mapped from a file instead of held in memory."""
+
+
+class Crafting:
+    """One poison in the making."""
+
+    def __init__(
+        self,
+        host: LightningHost,
+        twin: Mirror,
+        opened: Opened,
+        config: CraftConfig,
+        seed: int,
+        folder: Path,
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the rows of delta and bind them to a host.
+
+        Args:
+            host: the surrogate.
+            twin: the mirror of the data set's transform.
+            opened: the data set without its transform.
+            config: the settings.
+            seed: of start and augmentations.
+            folder: where a perturbation too large for memory is mapped from.
+            resumed: what `state` gave, with `tensors`.
+
+        Raises:
+            UserError: class granularity without labels, or a start that does not fit.
+        """
+        self.host, self.twin, self.opened = host, twin, opened
+        self.config, self.seed, self.folder = config, seed, folder
+        self.labels = labels(opened.dataset)
+        self._steps_done = int(resumed["steps_done"]) if resumed else 0
+        perturbation, rows = self._rows(resumed)
+        self.attack = Attack(host, twin, perturbation, rows, config, seed)
+        self._bound = list(host.momentum_modules())
+        self.schedule = self._schedule(1, 1)
+
+    def plan(self, batches: int, accumulated: int = 1) -> None:
+        """Turn `epoch` into numbers of steps.
+
+        Args:
+            batches: of an epoch.
+            accumulated: batches an optimiser step.
+        """
+        self.schedule = self._schedule(batches, accumulated)
+
+    def settle(self, views: list[Tensor], batch: Batch) -> None:
+        """Let the host look at its first batch, and take over what it finds."""
+        known = None if self.labels is None else self.labels[batch.rows.cpu()]
+        self.host.settle(views, batch, known)
+        self.rebind()
+
+    def rebind(self) -> None:
+        """Take the modules of the momentum branch as they are now: hosts may replace them."""
+        found = list(self.host.momentum_modules())
+        if [id(module) for module in found] != [id(module) for module in self._bound]:
+            old = self.attack
+            self.attack = Attack(
+                self.host, self.twin, old.perturbation, old.rows, self.config, self.seed
+            )
+            self._bound = found
+
+    def announce(self, batch_size: int) -> None:
+        """Log what the whole craft costs."""
+        passes = self.schedule.image_passes(batch_size, self.twin.views)
+        log.info(
+            "crafting: %d rounds of %d + %d steps, %s image passes in all, as many as %.1f epochs",
+            self.schedule.rounds,
+            self.schedule.model_steps,
+            self.schedule.noise_steps,
+            f"{passes:,}",
+            passes / (len(self.opened) * self.twin.views),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return delta and the keys of its rows, to go on from later."""
+        rows = self.attack.rows
+        keys = {} if rows.keys is None else {"keys": rows.keys}
+        return {"delta": self.attack.perturbation.stored, **keys}
+
+    def complete_keys(self) -> None:
+        """Find the keys of rows that no batch has brought; a duplicate's row stays without."""
+        rows = self.attack.rows
+        if rows.keys is None:
+            return
+        for image, row in enumerate(rows.of_image.tolist()):
+            if row >= 0 and rows.keys[row] == 0:
+                rows.claim(self.opened[image].key, row)
+
+    def poison(self) -> Poison:
+        """Return the perturbation as it stands; images not seen yet have no row in it."""
+        perturbation, rows = self.attack.perturbation, self.attack.rows
+        keys = None
+        if rows.keys is not None:
+            seen = rows.keys != 0
+            perturbation = Perturbation(perturbation.stored[seen], perturbation.eps)
+            keys = rows.keys[seen]
+        classes = class_names(self.opened.dataset)
+        return Poison(
+            perturbation,
+            self.config.granularity,
+            keys,
+            classes if self.config.granularity == "class" else None,
+            self._info(),
+        )
+
+    def _rows(self, resumed: Mapping[str, Any] | None) -> tuple[Perturbation, Rows]:
+        config = self.config
+        names = class_names(self.opened.dataset)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = choose(self.labels, len(self.opened), config.fraction, generator)
+        if config.granularity == "class":
+            if self.labels is None or names is None or not bool((self.labels >= 0).any()):
+                raise UserError(
+                    "poison.granularity=class needs labelled images and this data set has no "
+                    "labels; use labelled data or a sample poison (+poison=cp)."
+                )
+            rows, count = Rows.of_classes(self.labels, chosen), len(names)
+        else:
+            rows, count = Rows.of_samples(chosen), int(chosen.sum())
+        if resumed:
+            if rows.keys is not None:
+                rows.restore(resumed["tensors"]["keys"])
+            return Perturbation(resumed["tensors"]["delta"], config.eps), rows
+        perturbation = self._start(count, generator)
+        if config.init != "random":
+            self._start_from(Poison.load(config.init), perturbation, rows)
+        return perturbation, rows
+
+    def _start(self, count: int, generator: torch.Generator) -> Perturbation:
+        config = self.config
+        channels, height, width = self.opened[0].image.shape
+        bytes_ = count * channels * height * width * 4
+        file = self.folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
+        shape = (channels, height, width)
+        return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
+
+    def _start_from(self, poison: Poison, perturbation: Perturbation, rows: Rows) -> None:
+        """Start from a poison file: rows of its classes, or of the same images, are taken over."""
+        if poison.perturbation.shape != perturbation.shape:
+            raise UserError(
+                f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
+                f"{perturbation.shape}; use a poison of the same image size."
+            )
+        names, targets = class_names(self.opened.dataset), self.labels
+        poison.check_classes(names)
+        for start in range(0, len(self.opened), 1024):
+            images = torch.arange(start, min(start + 1024, len(self.opened)))
+            own = rows.of_image[images]
+            if poison.granularity == "class":
+                known = [None] * len(images) if targets is None else targets[images].tolist()
+                labels_ = [names[y] if names and y is not None and y >= 0 else None for y in known]
+                theirs = poison.rows(classes=labels_)
+            else:
+                theirs = poison.rows(keys=[self.opened[int(i)].key for i in images])
+            use = (own >= 0) & (theirs >= 0)
+            perturbation.write(own[use], poison.perturbation.gather(theirs[use]))
+
+    def _schedule(self, batches: int, accumulated: int) -> Schedule:
+        config = self.config
+        an_epoch = max(1, -(-batches // accumulated))
+        return Schedule(
+            config.rounds,
+            an_epoch if config.model_steps == EPOCH else config.model_steps,
+            batches if config.noise_steps == EPOCH else config.noise_steps,
+            config.pgd_steps,
+            self._steps_done,
+        )
+
+    def _info(self) -> dict[str, str]:
+        schedule = {
+            "rounds": self.schedule.rounds,
+            "model_steps": self.schedule.model_steps,
+            "noise_steps": self.schedule.noise_steps,
+            "pgd_steps": self.schedule.pgd_steps,
+            "step_size": self.config.step_size,
+            "dual_branch": self.config.dual_branch,
+            "surrogate_steps_done": self.schedule.steps_done,
+        }
+        return {
+            "host": self.host.framework,
+            "method": self.host.method,
+            "backbone": _backbone(self.host),
+            "augmentations": repr(self.opened.transform),
+            "schedule": json.dumps(schedule),
+            "fraction": str(self.config.fraction),
+            "seed": str(self.seed),
+            "versions": json.dumps(versions()),
+        }
+
+
+def _backbone(host: LightningHost) -> str:
+    """Return the name of a backbone: the host's own word for it, else the class of its encoder."""
+    named = getattr(host, "backbone_name", None) or getattr(host.module, "backbone_name", None)
+    try:
+        return str(named or type(host.encoder()).__name__)
+    except UserError:
+        return "unknown"
+
+
+def choose(
+    targets: Tensor | None, count: int, fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Return which images are poisoned, bool (N): the same part of each class, if known."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    groups = torch.zeros(count, dtype=torch.int64) if targets is None else targets
+    for group in sorted(set(groups.tolist())):
+        members = (groups == group).nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=generator)
+        chosen[members[order[: max(1, round(fraction * len(members)))]]] = True
+    return chosen
