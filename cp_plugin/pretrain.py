@@ -256,6 +256,8 @@ def _result(
         if isinstance(callback, (CraftPoison, InjectPoison)):
             poison = callback.poison()
             result.update(_of_poison(poison))
+        if isinstance(callback, RunProgress):
+            result["resumed_from_step"] = callback.first_step
         if isinstance(callback, KNNMonitor):
             result["knn"] = callback.results
             last = callback.results[-1]

@@ -20,6 +20,8 @@ class RunProgress(Callback):
         """Name the run."""
         super().__init__()
         self._title = title
+        self.first_step = 0
+        """Optimiser steps that an earlier, interrupted run had made."""
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -27,6 +29,7 @@ class RunProgress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the bar."""
+        self.first_step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         if self._console.is_terminal:
             self._bar = Progress(
