@@ -58,12 +58,8 @@ class CraftPoison(Callback):
         """End training, and with it the learning-rate schedule, after the last round."""
         if stage != "fit":
             return
-        self.folder = Path(self.config.dir) if self.config.dir else run_folder(trainer)
-        if (self.folder / POISON_FILE).exists():
-            raise UserError(
-                f"{self.folder / POISON_FILE} exists and a poison is never overwritten; "
-                "set poison.dir to another folder."
-            )
+        self._trainer = trainer
+        self.path = self.folder / POISON_FILE
         loop, rounds = trainer.fit_loop, self.config.rounds
         if self.config.model_steps == EPOCH:
             loop.max_epochs = _least(loop.max_epochs, rounds)
@@ -73,6 +69,11 @@ class CraftPoison(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
+        if self.path.exists() and self._resumed is None:
+            raise UserError(
+                f"{self.path} exists and a poison is never overwritten; set poison.dir to another "
+                "folder."
+            )
         loader = training_loader(trainer)
         twin = mirror(Opened(loader.dataset, None).transform).to(pl_module.device)
         opened = Opened(loader.dataset, self.config.image_size or twin.crop_size)
@@ -91,6 +92,11 @@ class CraftPoison(Callback):
         self._steps_seen = trainer.global_step
         self._feed = Feed(trainer, pl_module, opened, self._views_of(trainer))
         self._batches = endless(loader)
+
+    @property
+    def folder(self) -> Path:
+        """Where poison and snapshots go; the run's folder may be known only as training starts."""
+        return Path(self.config.dir) if self.config.dir else run_folder(self._trainer)
 
     @property
     def attack(self) -> Attack:
@@ -119,8 +125,8 @@ class CraftPoison(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison."""
         self._feed.stop()
-        self.path = self.folder / POISON_FILE
-        if trainer.is_global_zero:
+        # A run that is resumed after its poison was written keeps what it wrote.
+        if trainer.is_global_zero and not self.path.exists():
             self.crafting.complete_keys()
             self.poison().save(self.path)
             log.info("poison written to %s", self.path)
@@ -132,6 +138,8 @@ class CraftPoison(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write delta beside the checkpoint and the rest of the state into it."""
+        if not trainer.is_global_zero:  # only the first process writes the checkpoint
+            return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
             "snapshot": snapshot.save(self.folder, trainer.global_step, self.crafting.tensors()),
