@@ -215,7 +215,7 @@ def test_after_to_tensor_nothing_is_rounded(case: tuple[str, object, Any]) -> No
         given = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         params = twin.sample(given, torch.Generator().manual_seed(seed))
         torch.testing.assert_close(
-            twin.apply(given, params)[0][0], expected(given[0], params[0]["steps"][1]),
+            twin.apply(given, params)[0][0], expected(given[0], params[0]["steps"][-1]),
             atol=2e-5, rtol=0,
         )  # fmt: skip
 
@@ -224,7 +224,7 @@ def test_erasing_overwrites_the_drawn_box() -> None:
     twin = mirror(v1.Compose([v1.ToTensor(), v1.RandomErasing(1.0, value=(0.1, 0.2, 0.3))]))
     given = torch.rand(6, 3, 20, 24)
     params = twin.sample(given)
-    p = params[0]["steps"][1]
+    p = params[0]["steps"][-1]
     for i, view in enumerate(twin.apply(given, params)[0]):
         top, left, high, wide = (int(p[key][i]) for key in ("top", "left", "height", "width"))
         value = torch.tensor([0.1, 0.2, 0.3])[:, None, None]

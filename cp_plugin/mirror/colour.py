@@ -66,6 +66,38 @@ class RandomGrayscale(Operation):
         return mix_channels(images, params["matrix"].to(images.dtype))
 
 
+class GreyNormalize(Operation):
+    """`RandomGrayscale` and `Normalize` in one matrix product."""
+
+    needs_colour: ClassVar[bool] = True
+    commutes_with_flips: bool = True
+
+    def __init__(self, grey: RandomGrayscale, normalize: Normalize) -> None:
+        super().__init__(f"{grey.name} and {normalize.name}")
+        self.grey = grey
+        self.normalize = normalize
+
+    def parts(self) -> list[Operation]:
+        """Return the two."""
+        return [self.grey, self.normalize]
+
+    def check(self, shape: Shape) -> None:
+        """Check both."""
+        for part in self.parts():
+            part.check(shape)
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw as `RandomGrayscale` does."""
+        return self.grey.sample(shape, generator)
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Convert and normalise."""
+        mean = images.new_tensor(self.normalize.mean).expand(3)
+        std = images.new_tensor(self.normalize.std).expand(3)
+        matrix = params["matrix"].to(images.dtype) / std[:, None]
+        return mix_channels(images, matrix, -mean / std)
+
+
 class Normalize(Operation):
     """(x - mean) / std for each channel (torchvision `Normalize`)."""
 

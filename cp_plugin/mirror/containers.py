@@ -12,6 +12,16 @@ from cp_plugin.config import UserError
 from cp_plugin.mirror.operation import Operation, Params, Shape, chance
 
 
+class Identity(Operation):
+    """Leaves pixels alone."""
+
+    commutes_with_flips: bool = True
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Return the images."""
+        return images
+
+
 class Sequence(Operation):
     """One operation after another (torchvision `Compose`)."""
 

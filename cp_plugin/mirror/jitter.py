@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_plugin.mirror.colour import grey_weights
-from cp_plugin.mirror.hue import rotate_hue, rotate_hue_backward
+from cp_plugin.mirror.hue import Analysis, rotate_hue, rotate_hue_backward
 from cp_plugin.mirror.operation import (
     LEVEL,
     Operation,
@@ -27,7 +27,7 @@ from cp_plugin.mirror.operation import (
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 Range = tuple[float, float] | None
-Tape = list[tuple[Tensor, ...]]
+Tape = list[Tensor | Analysis]
 
 
 class ColorJitter(Operation):
@@ -86,6 +86,7 @@ class ColorJitter(Operation):
             "order": order,
             "applied": applied,
             "forth": forth,
+            "back": forth.argsort(),
             "bounds": [int((sorted_before > step).sum()) for step in range(len(affine))],
             "end": len(sorted_before),
             "shift": _hue_shift(factors[forth, HUE], self.stage),
@@ -138,29 +139,22 @@ class _Jitter(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
         ctx.save_for_backward(images)
         ctx.params = params
-        out = torch.empty_like(images)
+        now = images.index_select(0, params["forth"])
         for part in portions(images, params["end"]):
-            index = params["forth"][part]
-            now = images.index_select(0, index)
-            _forward(now, _portion(params, part), None)
-            out.index_copy_(0, index, now)
-        rest = params["forth"][params["end"] :]
-        return out.index_copy_(0, rest, images.index_select(0, rest))
+            _forward(now[part], _portion(params, part), None)
+        return now.index_select(0, params["back"])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         params = ctx.params
-        out = torch.empty_like(images)
+        grad = grads[0].index_select(0, params["forth"])
         for part in portions(images, params["end"]):
-            index, drawn = params["forth"][part], _portion(params, part)
+            drawn = _portion(params, part)
             tape: Tape = []
-            _forward(images.index_select(0, index), drawn, tape)
-            grad = grads[0].index_select(0, index)
-            _backward(grad, drawn, tape)
-            out.index_copy_(0, index, grad)
-        rest = params["forth"][params["end"] :]
-        return out.index_copy_(0, rest, grads[0].index_select(0, rest)), None
+            _forward(images.index_select(0, params["forth"][part]), drawn, tape)
+            _backward(grad[part], drawn, tape)
+        return grad.index_select(0, params["back"]), None
 
 
 def _portion(params: Params, part: slice) -> Params:
@@ -181,9 +175,9 @@ def _forward(now: Tensor, params: Params, tape: Tape | None) -> None:
     for step, bound in enumerate(params["bounds"]):
         _affine(now, params, step, slice(0, bound), tape)
     if params["has_hue"]:
+        found = rotate_hue(now, params["shift"], params["quantised"])
         if tape is not None:
-            tape.append((now.clone(),))
-        rotate_hue(now, params["shift"], params["quantised"], out=now)
+            tape.append(found)
     for step, bound in enumerate(params["bounds"]):
         _affine(now, params, step, slice(bound, end), tape)
 
@@ -194,8 +188,9 @@ def _backward(grad: Tensor, params: Params, tape: Tape) -> None:
     for step in reversed(range(len(params["bounds"]))):
         _affine_backward(grad, params, step, slice(params["bounds"][step], end), tape)
     if params["has_hue"]:
-        (before,) = tape.pop()
-        rotate_hue_backward(before, params["shift"], params["quantised"], grad, out=grad)
+        found = tape.pop()
+        assert isinstance(found, Analysis)
+        rotate_hue_backward(grad, found, params["quantised"])
     for step in reversed(range(len(params["bounds"]))):
         _affine_backward(grad, params, step, slice(0, params["bounds"][step]), tape)
 
@@ -214,13 +209,13 @@ def _affine(now: Tensor, params: Params, step: int, part: slice, tape: Tape | No
         torch.clamp(out, 0, 1, out=pixels)
     else:
         pixels.copy_(out.clamp_(0, 1))
-        tape.append((out,))
+        tape.append(out)
 
 
 def _affine_backward(grad: Tensor, params: Params, step: int, part: slice, tape: Tape) -> None:
     if part.start == part.stop:
         return
-    (out,) = tape.pop()
+    out = tape.pop()
     pixels = grad[part].flatten(2)
     inner = torch.ops.aten.hardtanh_backward(pixels, out, 0.0, 1.0)
     matrix = params["matrix"][step, part].mT

@@ -19,7 +19,7 @@ Gradient = Literal["exact", "straight_through"]
 LEVEL = 1 / 255
 """One step of an 8-bit image, in [0, 1]."""
 PORTION = 2**17
-"""Numbers that an operation works on at a time: half a megabyte, so that some fit into a cache."""
+"""Numbers that an operation works on at a time: half a megabyte, so that they stay in a cache."""
 PORTION_ON_DEVICE = 2**24
 """The same where starting a kernel costs more than memory traffic."""
 

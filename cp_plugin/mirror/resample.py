@@ -15,6 +15,15 @@ from torch import Tensor
 
 from cp_plugin.mirror.operation import portions
 
+SUPPORT = {
+    "nearest": 0.5,
+    "box": 0.5,
+    "bilinear": 1.0,
+    "hamming": 1.0,
+    "bicubic": 2.0,
+    "lanczos": 3.0,
+}
+"""Half width of Pillow's filters, in pixels of the smaller image."""
 Build = Callable[[], tuple[Tensor, Tensor]]
 OVERSHOOTING = ("bicubic", "lanczos")
 """Filters with negative weights: 8-bit images are clipped after each pass."""
@@ -22,6 +31,8 @@ OVERSHOOTING = ("bicubic", "lanczos")
 
 def filter_values(name: str, distance: Tensor) -> Tensor:
     """Evaluate one of Pillow's filters at distances from its centre, in place where possible."""
+    if name in ("nearest", "box"):
+        return ((distance > -0.5) & (distance <= 0.5)).to(distance.dtype)
     t = distance.abs_()
     if name == "bilinear":
         return t.neg_().add_(1).clamp_(min=0)
@@ -29,8 +40,6 @@ def filter_values(name: str, distance: Tensor) -> Tensor:
         outer, inner = (2 - t).clamp_(min=0), (1 - t).clamp_(min=0)
         wings = (outer - 1).mul_(outer).mul_(outer).mul_(0.5)
         return wings.add_(inner.mul(-2).add_(1).mul_(inner).mul_(inner))
-    if name == "box":
-        return ((distance > -0.5) & (distance <= 0.5)).to(t.dtype)
     if name == "hamming":
         window = 0.54 + 0.46 * torch.cos(torch.pi * t)
         return torch.where(t < 1, torch.sinc(t) * window, 0)
@@ -47,7 +56,7 @@ def resize_weights(
         length: (B,) pixels in the crop, floating point.
         source: pixels along this axis of the image.
         target: pixels to make.
-        filter_name: the name of one of Pillow's.
+        filter_name: a key of `SUPPORT`.
         flip: (B,) truth values, or None.
 
     Returns:
@@ -57,18 +66,18 @@ def resize_weights(
     row = torch.arange(target, device=start.device, dtype=start.dtype).add_(0.5)[None]
     if flip is not None:
         row = torch.where(flip[:, None], target - row, row)
-    centre = row * scale
-    column = torch.arange(source, device=start.device, dtype=start.dtype)
-    if filter_name == "nearest":
-        chosen = centre.floor() + start[:, None]
-        picked: Tensor = chosen[:, :, None] == column
-        return picked.to(start.dtype)
-    spread = scale.clamp(min=1)[:, :, None]
-    offset = column + 0.5 - (centre + start[:, None])[:, :, None]
-    weights = filter_values(filter_name, offset.div_(spread))
-    inside = (column >= start[:, None]) & (column < (start + length)[:, None])
-    weights.mul_(inside[:, None])
-    return weights.div_(weights.sum(2, keepdim=True))
+    centre = row * scale + start[:, None]
+    reach, spread = SUPPORT[filter_name], scale.clamp(min=1)
+    taps = min(source, int(2 * reach * max(1.0, source / target)) + 2)
+    first = (centre - reach * spread).floor_().clamp_(0, source - taps)
+    tap = torch.arange(taps, device=start.device, dtype=start.dtype)
+    position = first[:, :, None] + tap
+    inside = (position >= start[:, None, None]) & (position < (start + length)[:, None, None])
+    offset = (position + 0.5 - centre[:, :, None]).div_(spread[:, :, None])
+    weights = filter_values(filter_name, offset).mul_(inside)
+    weights.div_(weights.sum(2, keepdim=True))
+    dense = start.new_zeros(len(start), target, source)
+    return dense.scatter_(2, position.long(), weights)
 
 
 class _Separable(torch.autograd.Function):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cp_plugin.config import UserError
-from cp_plugin.mirror.containers import RandomApply, Sequence
+from cp_plugin.mirror.colour import GreyNormalize, Normalize, RandomGrayscale
+from cp_plugin.mirror.containers import Identity, RandomApply, Sequence
 from cp_plugin.mirror.geometry import Flip, RandomResizedCrop
 from cp_plugin.mirror.jitter import ColorJitter
 from cp_plugin.mirror.operation import Operation, Stage
@@ -121,12 +122,19 @@ def unknown(host: object) -> str:
 
 
 def simplified(steps: list[Operation]) -> list[Operation]:
-    """Carry out flips within the crop before them: flips commute with changes of tone and blur."""
+    """Merge what gives the same pixels in fewer passes.
+
+    Flips are carried out within the crop before them, since they commute with changes of tone and
+    blur; grey and normalising are one matrix product; conversions to tensors change no pixel.
+    """
     kept: list[Operation] = []
     for step in steps:
         if isinstance(step, Flip) and _absorbed(step, kept):
             continue
         kept.append(_with_probability(step))
+    kept = [step for step in kept if not isinstance(step, Identity)] or kept[:1]
+    if len(kept) > 1 and isinstance(kept[-2], RandomGrayscale) and isinstance(kept[-1], Normalize):
+        kept[-2:] = [GreyNormalize(kept[-2], kept[-1])]
     return kept
 
 

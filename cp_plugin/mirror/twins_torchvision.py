@@ -10,7 +10,7 @@ import torch
 from cp_plugin.config import UserError
 from cp_plugin.mirror.blur import TensorBlur
 from cp_plugin.mirror.colour import Normalize, RandomGrayscale
-from cp_plugin.mirror.containers import RandomApply
+from cp_plugin.mirror.containers import Identity, RandomApply
 from cp_plugin.mirror.geometry import CenterCrop, Flip, RandomResizedCrop, Resize
 from cp_plugin.mirror.jitter import ColorJitter
 from cp_plugin.mirror.operation import Operation, Stage
@@ -194,16 +194,6 @@ def becomes(stage: Stage) -> Rule:
         return Identity(type(host).__name__)
 
     return change
-
-
-class Identity(Operation):
-    """Leaves pixels alone."""
-
-    commutes_with_flips: bool = True
-
-    def apply(self, images: torch.Tensor, params: Any) -> torch.Tensor:
-        """Return the images."""
-        return images
 
 
 both("ToTensor")(becomes(Stage.FLOAT))
