@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from cp_plugin.branches import graph_below
 from cp_plugin.config import UserError
 from cp_plugin.host import Batch
 from cp_plugin.release import release, untouched
@@ -106,6 +108,43 @@ def check_labels(host: Fits, views: Sequence[Tensor], batch: Batch, labels: Tens
             "minimises a loss without labels: leave the supervised term out, or call the module "
             "that reads labels `…classifier` and give it detached features."
         )
+
+
+def only_chooses(host: Fits, views: Sequence[Tensor], batch: Batch) -> bool:
+    """Tell whether the momentum branch only picks indices (SMoG's groups, neighbours of a queue).
+
+    No gradient goes through a choice, so there is none to release. A branch that the host has cut
+    with `.data`, numpy or `torch.inference_mode` is no such case: `check_release` refuses it.
+
+    Args:
+        host: the method; left as it was found.
+        views: V views, each float (B, C, h, w).
+        batch: what they were made of.
+    """
+    leaves = [view.detach().requires_grad_() for view in views]
+    released, cuts = release(host.module, host.momentum_modules()), _Cuts()
+    with untouched(host.module), torch.enable_grad():
+        host.module.eval()
+        with released, cuts:
+            loss = host.loss([leaf.clone() for leaf in leaves], batch)
+    lineage = released.lineage
+    return lineage.momentum_called and not (lineage.momentum & graph_below([loss]) or cuts.seen)
+
+
+class _Cuts(TorchFunctionMode):
+    """Notes the reads that end every gradient for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        name = func.__self__.__name__ if name == "__get__" else name
+        if name in ("data", "numpy") and not isinstance(args[0], nn.Parameter):
+            self.seen = True
+        self.seen |= torch.is_inference_mode_enabled()
+        return func(*args, **(kwargs or {}))
 
 
 def _gradient(host: Fits, views: Sequence[Tensor], batch: Batch) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from cp_plugin.adapters.fitting import check_labels, check_module
+from cp_plugin.adapters.fitting import check_labels, check_module, only_chooses
 from cp_plugin.adapters.momentum import confirmed_branch, find_momentum_modules
 from cp_plugin.adapters.observation import named_networks, observe
 from cp_plugin.config import UserError
@@ -108,6 +108,9 @@ class LightningHost:
                     self.method,
                 )
             self._momentum = confirmed_branch(self.module, seen)
+        if self._auto and self._momentum and only_chooses(self, views, batch):
+            log.info("%s only picks indices in its momentum branch: no gradient", self.method)
+            self._momentum = {}
         log.info("momentum branch of %s: %s", self.method, ", ".join(self._momentum) or "none")
         check_labels(self, views, batch, labels)
 
