@@ -156,8 +156,9 @@ def main() -> None:
 def _quiet() -> None:
     """Show the project's own messages, and of the libraries' only warnings that a user can act on."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("cp_plugin").setLevel(logging.INFO)
+    own = logging.getLogger("cp_plugin")
+    own.setLevel(logging.INFO)
+    own.handlers, own.propagate = [handler], False
     warnings.filterwarnings("ignore", module="lightning")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cp_plugin.activation import own_application
 from cp_plugin.config import UserError
 from cp_plugin.paths import shipped
 
@@ -24,7 +26,8 @@ def pretrain(cfg: DictConfig) -> Any:
     # Heavy: only a job that runs needs torch, not `--help` or a faulty configuration.
     from cp_plugin.pretrain import run
 
-    return run(cfg)
+    with own_application():
+        return run(cfg)
 
 
 def main(arguments: Sequence[str]) -> None:
