@@ -1,0 +1,100 @@
+"""What a figure needs to be believed: commit, versions, hardware, command, when; and its spread."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def passport(packages: Sequence[str]) -> dict[str, Any]:
+    """Return commit, versions, hardware, command and date."""
+    return {
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "command": "python "
+        + " ".join(["-m tests.bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+    }
+
+
+def hardware() -> str:
+    """Name the GPU, or the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        cpu = found.group(1).strip() if found else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def write(theme: str, result: dict[str, Any]) -> Path:
+    """Write `results/<theme>_<hardware>_<date>.json`."""
+    name = re.sub(r"[^a-z0-9]+", "-", result["passport"]["hardware"].lower()).strip("-")
+    path = RESULTS / f"{theme}_{name}_{result['passport']['date']}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Time functions in turns, so that whatever else the machine does meets all of them.
+
+    Returns:
+        For each: `median`, `fastest`, `slowest` milliseconds and `n`.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "median": statistics.median(times),
+            "fastest": min(times),
+            "slowest": max(times),
+            "n": repeats,
+        }
+        for name, times in taken.items()
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,100 @@
+"""Fill the README's tables from the newest results: `python -m tests.bench.readme`.
+
+Text between `<!-- theme:begin -->` and `<!-- theme:end -->` is replaced. A theme is a function in
+`THEMES` that turns the result files of that name into Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.bench.passport import RESULTS
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+Result = dict[str, Any]
+
+
+def mirror(results: list[Result]) -> str:
+    """Errors against Pillow of the newest run; speed and memory of the newest on each machine."""
+    newest = results[-1]
+    lines = [
+        "Errors against Pillow with the same drawn parameters, in 1/255 (99.9th percentile / "
+        "mean / maximum), on photographs:",
+        "",
+        "| transform | pixels | mirror | kornia |",
+        "|---|---|---|---|",
+    ]
+    for row in newest["accuracy"]:
+        theirs = _errors(row["kornia"]) if "kornia" in row else "-"
+        cells = (row["transform"], row["size"], _errors(row["mirror"]), theirs)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "One view, forward and backward (Pillow: forward only, one process), images a second, "
+        "median; peak memory of two views in batches:",
+        "",
+        "| machine | pipeline | batch | mirror | kornia | times | Pillow | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in {result["passport"]["hardware"]: result for result in results}.values():
+        for row in result["speed"]:
+            rate = row["images_per_second"]
+            cells = (
+                result["passport"]["hardware"],
+                f"{row['pipeline']}, {row['size']} px",
+                row["batch"],
+                f"{rate['mirror']:,.0f}",
+                f"{rate['kornia']:,.0f}",
+                f"{row['times_kornia']:.1f}",
+                f"{rate['pillow, forward only']:,.0f}",
+                f"{row['peak_memory_in_batches_two_views']:.1f}",
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", _source(newest)])
+
+
+def _errors(row: dict[str, float]) -> str:
+    return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
+
+
+def _source(result: Result) -> str:
+    passport = result["passport"]
+    versions = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
+    return (
+        f"`{passport['command']}` at {passport['commit']}, {passport['date']}, "
+        f"{passport['hardware']}; {versions}."
+    )
+
+
+THEMES: dict[str, Callable[[list[Result]], str]] = {"mirror": mirror}
+
+
+def results_of(theme: str) -> list[Result]:
+    """Read the results of a theme, oldest first."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{theme}_*.json"))]
+    return sorted(found, key=lambda result: str(result["passport"]["date"]))
+
+
+def fill(text: str, theme: str, table: str) -> str:
+    """Replace what stands between the marks of a theme; a text without marks stays as it is."""
+    begin, end = f"<!-- {theme}:begin -->", f"<!-- {theme}:end -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", text)
+
+
+def main() -> None:
+    """Fill every theme that has results."""
+    text = README.read_text()
+    for theme, make in THEMES.items():
+        results = results_of(theme)
+        if results:
+            text = fill(text, theme, make(results))
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
