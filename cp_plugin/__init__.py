@@ -1,7 +1,7 @@
 """Contrastive poisoning for the self-supervised learning frameworks that people already use.
 
-`CraftPoison`, `InjectPoison` and `KNNMonitor` are Lightning callbacks; `Poison` is a poison file. They
-are imported at first use, so that `import cp_plugin` stays cheap.
+`CraftPoison`, `InjectPoison` and `KNNMonitor` are Lightning callbacks; `Poison` is a poison file.
+They are imported at first use, so that `import cp_plugin` stays cheap.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     min over delta, min over theta: E_x [ L_CL( T1(x + d(x)), T2(x + d(x)); theta ) ],  |d| <= eps
 
-Both phases minimise the host's own SSL loss. The model phase is the host's own training on poisoned,
-mirrored views; the noise phase, written here, keeps the weights and moves delta.
+Both phases minimise the host's own SSL loss. The model phase is the host's own training on
+poisoned, mirrored views; the noise phase, written here, keeps the weights and moves delta.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Attack:
     def _noise_batch(
         self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
     ) -> Tensor:
-        rows_U, inverse_B = self.rows.of_batch(batch).unique(return_inverse=True)
+        rows_U, inverse_B = torch.unique(self.rows.of_batch(batch), return_inverse=True)
         losses = []
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U).requires_grad_()

@@ -62,7 +62,7 @@ class Bank:
         """Return the bank as a victim of the poison has it; images without a row stay clean."""
         if isinstance(self.images, Tensor) and self.keys is not None:
             rows = poison.rows(self.keys.tolist(), self._class_of(self.labels))
-            parts = zip(self.images.split(1024), rows.split(1024), strict=True)
+            parts = zip(torch.split(self.images, 1024), torch.split(rows, 1024), strict=True)
             return replace(self, images=torch.cat([poison.apply(*part) for part in parts]))
         return replace(self, images=_PoisonedImages(self, poison))
 

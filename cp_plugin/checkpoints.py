@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.adapters.lightly import LightningHost
 from cp_plugin.banks import Bank
+from cp_plugin.callbacks.craft import POISON_FILE
 from cp_plugin.config import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline
 from cp_plugin.evaluate import knn, linear_probe
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
-from cp_plugin.pretrain import CHECKPOINT, CONFIG_FILE, POISON_FILE
+from cp_plugin.pretrain import CHECKPOINT, CONFIG_FILE
 
 
 def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:

@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Show the project's own messages, and of the libraries' only warnings that a user can act on."""
+    """Show the project's own messages, and only such warnings as a user can act on."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     own = logging.getLogger("cp_plugin")
     own.setLevel(logging.INFO)

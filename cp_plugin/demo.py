@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cp_plugin.callbacks.craft import POISON_FILE
 from cp_plugin.checkpoints import evaluate, poison_of
 from cp_plugin.config import UserError
 from cp_plugin.data import Opened, Photos, class_names
 from cp_plugin.hydra_app import compose
 from cp_plugin.pictures import picture_of_images
 from cp_plugin.poison import Poison
-from cp_plugin.pretrain import POISON_FILE, run
+from cp_plugin.pretrain import run
 from cp_plugin.provenance import command, hardware, versions
 
 VICTIM_EPOCHS = 22
@@ -164,7 +165,10 @@ def _show(console: Console, rows: list[dict[str, Any]], out: Path) -> None:
     for row in rows:
         keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
         accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
-        steps = ["-" if row[key] is None else str(row[key]) for key in ("victim_steps", "surrogate_steps")]
+        steps = [
+            "-" if row[key] is None else str(row[key])
+            for key in ("victim_steps", "surrogate_steps")
+        ]
         table.add_row(row["poison"], *accuracies, *steps, f"{row['seconds']:.0f}")
     console.print(table)
     console.print(f"pictures: {out}/cp_class.png, {out}/cp_sample.png")

@@ -63,7 +63,7 @@ class Perturbation:
         """
         self.eps = check_eps(eps)
         self.stored = stored
-        for part in stored.split(4096):
+        for part in torch.split(stored, 4096):
             worst = decode(part, eps).abs().max().item() if part.numel() else 0.0
             if not worst <= eps * (1 + 1e-6):
                 raise UserError(

@@ -1,7 +1,7 @@
 """The poison file: delta, what it was made for, and how it is added to images.
 
-A file is safetensors: tensor `delta` (K, C, H, W), for a sample poison tensor `keys` (K) as well, and
-plain text metadata. Loading runs no code. Images are matched by key (a hash of their pixels) or by
+A file is safetensors: tensor `delta` (K, C, H, W), for a sample poison tensor `keys` (K) too, and plain
+text metadata. Loading runs no code. Images are matched by key (a hash of their pixels) or by
 class name, never by position, so any loader and any order will do.
 """
 
@@ -50,7 +50,7 @@ class Poison:
             found = "none" if owners is None else str(len(owners))
             raise UserError(
                 f"expected {len(self.perturbation)} "
-                f"{'keys' if self.granularity == 'sample' else 'class names'} for the rows of delta, "
+                f"{'keys' if self.granularity == 'sample' else 'class names'} for the rows, "
                 f"got {found}; the poison file is incomplete."
             )
 
@@ -100,7 +100,7 @@ class Poison:
         tensors, metadata = read(Path(path))
         if metadata.get("format") != FORMAT or "delta" not in tensors:
             raise UserError(
-                f"{path} is no poison of format {FORMAT} (found: {metadata.get('format', 'none')}); "
+                f"{path} is no poison of format {FORMAT} (it has {metadata.get('format')}); "
                 "`cp-plugin import` converts the authors' .pth files."
             )
         granularity = metadata["granularity"]
@@ -192,7 +192,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"there is no poison file at {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged or truncated ({error}); make or copy it again."
@@ -212,7 +212,7 @@ def write_atomically(
 def largest_change(poison: Poison) -> float:
     """Return the largest absolute entry of delta, in [0, 1]."""
     stored = poison.perturbation.stored
-    return max(decode(part, poison.eps).abs().max().item() for part in stored.split(4096))
+    return max(decode(part, poison.eps).abs().max().item() for part in torch.split(stored, 4096))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -261,7 +261,9 @@ def _result(
         if isinstance(callback, KNNMonitor):
             result["knn"] = callback.results
             last = callback.results[-1]
-            result.update({key: last[key] for key in last if key not in ("epoch", "step", "seconds")})
+            result.update(
+                {key: last[key] for key in last if key not in ("epoch", "step", "seconds")}
+            )
     loss = trainer.callback_metrics.get("train_loss")
     result["train_loss"] = None if loss is None else float(loss)
     result.update(hardware=hardware(), versions=versions(), command=command())

@@ -70,7 +70,7 @@ class Selection:
         return isinstance(self.poison, CraftConfig)
 
     def tag(self, settings: Mapping[str, Any]) -> str:
-        """Return `<poison>-<8 hex digits>`, which depends on all settings and on the poison file."""
+        """Return `<poison>-<8 hex digits>`, depending on all settings and on the poison file."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for path in (getattr(self.poison, "path", None), getattr(self.poison, "init", None)):
             if path and path != "random" and Path(path).is_file():

@@ -26,8 +26,8 @@ from cp_plugin.provenance import versions
 def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     """Write the poisoned images as 8-bit PNG files, an image folder.
 
-    Names are those of the images relative to their folder, with the ending `.png`; images that are no
-    files of their own are `<class>/<row>.png`.
+    Names are those of the images relative to their folder, with the ending `.png`; images that are
+    no files of their own are `<class>/<row>.png`.
 
     Args:
         poison_file: the poison.
@@ -92,8 +92,8 @@ def _relative_names(opened: Opened, known: Any, names: tuple[str, ...] | None) -
 def import_poison(file: Path, out: Path, dataset: str, data: Path | None, eps: float) -> Poison:
     """Convert a poison of the authors' code (github.com/kaiwenzha/contrastive-poisoning).
 
-    Theirs is a tensor (K, C, H, W) in units of eps, alone or as `model.delta` of a checkpoint, its rows
-    in the order of the data set or of its classes; hence the data set is needed to give the rows
+    Theirs is a tensor (K, C, H, W) in units of eps, alone or as `model.delta` of a checkpoint, its
+    rows in the order of the data set or of its classes; hence the data set is needed to give the rows
     their keys.
 
     Args:

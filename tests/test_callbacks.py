@@ -130,7 +130,11 @@ def test_starting_from_a_class_poison(data, tmp_path):
     )
     start.save(tmp_path / "start.safetensors")
     craft = CraftPoison(
-        rounds=1, model_steps=1, noise_steps=1, step_size=0.01, init=str(tmp_path / "start.safetensors")
+        rounds=1,
+        model_steps=1,
+        noise_steps=1,
+        step_size=0.01,
+        init=str(tmp_path / "start.safetensors"),
     )
     trainer(lightning.pytorch, tmp_path, craft).fit(simclr(lightning.pytorch), loader(data))
     delta = Poison.load(tmp_path / "poison.safetensors").perturbation.gather(torch.arange(48))
@@ -273,7 +277,9 @@ def test_a_changed_snapshot_is_refused(data, tmp_path):
     (tmp_path / "poison.safetensors").unlink()
     (snapshot,) = tmp_path.glob("delta-step=*.safetensors")
     snapshot.write_bytes(snapshot.read_bytes() + b" ")
-    again = trainer(lightning.pytorch, tmp_path, CraftPoison(rounds=4, model_steps=2, noise_steps=1))
+    again = trainer(
+        lightning.pytorch, tmp_path, CraftPoison(rounds=4, model_steps=2, noise_steps=1)
+    )
     with pytest.raises(UserError, match="not the snapshot of delta"):
         again.fit(simclr(lightning.pytorch), loader(data), ckpt_path=tmp_path / "last.ckpt")
 

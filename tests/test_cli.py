@@ -79,7 +79,10 @@ def test_craft_inject_export_and_evaluate(method, pretrain, call, tmp_path, imag
     assert json.loads((victim / "result.json").read_text())["surrogate_steps"] == 2
 
     assert call("export", poison, "exported")[0] == 0
-    exported, clean = load("custom", tmp_path / "exported")[0], load("custom", tmp_path / "images")[0]
+    exported, clean = (
+        load("custom", tmp_path / "exported")[0],
+        load("custom", tmp_path / "images")[0],
+    )
     assert [name.split("exported")[-1] for name, _ in exported.samples] == [
         name.split("images")[-1] for name, _ in clean.samples
     ]
@@ -92,7 +95,9 @@ def test_craft_inject_export_and_evaluate(method, pretrain, call, tmp_path, imag
 
     evaluate = ["evaluate", victim / "last.ckpt", "--json", "--k", 3]
     injected = call(*evaluate, "--test", tmp_path / "images")
-    direct = call(*evaluate, "--test", tmp_path / "images", "--data", "exported", "--poison", poison)
+    direct = call(
+        *evaluate, "--test", tmp_path / "images", "--data", "exported", "--poison", poison
+    )
     rows = {row["bank"]: row for row in json.loads(injected[1])}
     assert rows["poisoned"]["knn"] == json.loads(direct[1])[0]["knn"]
     assert rows["clean"]["knn"]["k"] == 3
@@ -128,7 +133,10 @@ def test_the_authors_poisons_come_in(call, tmp_path, image_folder, wrapped):
 def test_a_sample_wise_poison_of_the_authors_gets_the_images_keys(call, tmp_path, image_folder):
     image_folder()
     torch.save(torch.rand(12, 3, 32, 32) * 2 - 1, tmp_path / "authors.pth")
-    assert call("import", "authors.pth", "p.safetensors", "--dataset", "custom", "--data", "images")[0] == 0
+    assert (
+        call("import", "authors.pth", "p.safetensors", "--dataset", "custom", "--data", "images")[0]
+        == 0
+    )
     poison = Poison.load(tmp_path / "p.safetensors")
     opened = Opened(load("custom", tmp_path / "images")[0], 32)
     assert poison.rows([item.key for item in opened]).tolist() == list(range(12))

@@ -1,4 +1,4 @@
-"""The groups resolve in any Hydra application, from a wheel and from a checkout; unselected, nothing is."""
+"""The groups resolve in any Hydra application, from wheel and checkout; unselected, nothing is."""
 
 import subprocess
 import sys
@@ -23,7 +23,10 @@ main()
 
 
 def run(application: Path, *overrides: str, path: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(application), "hydra.run.dir=.", "hydra.output_subdir=null"]
+    flags = [override for override in overrides if override.startswith("--")]
+    overrides = tuple(override for override in overrides if override not in flags)
+    command = [sys.executable, str(application), *flags]
+    command += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path}
     return subprocess.run(
         [*command, "hydra/job_logging=disabled", *overrides],
@@ -47,11 +50,29 @@ def test_an_application_that_selects_nothing_is_as_if_the_plugin_were_not_there(
 
 
 def test_the_groups_resolve_in_any_application(application):
-    found = run(application, "+poison=cp_class", "+monitor=knn", "poison.rounds=3")
+    found = run(application, "--cfg=job", "+poison=cp_class", "+monitor=knn", "poison.rounds=3")
     assert found.returncode == 0, found.stderr
     assert "name: cp_class" in found.stdout
     assert "rounds: 3" in found.stdout
     assert "every_n_epochs" in found.stdout
+
+
+@pytest.mark.parametrize("override", ["+poison=cp", "+poison=none", "+monitor=knn"])
+def test_an_application_that_is_not_served_does_not_run_clean(application, override):
+    found = run(application, override)
+    assert (found.stdout, found.returncode) == ("", 2)
+    assert found.stderr.startswith(
+        f"cp-plugin: {override[1:]} is selected, but __main__.main is not"
+    )
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_an_application_with_a_group_of_its_own_of_that_name_is_left_alone(application):
+    (application.parent / "poison").mkdir()
+    (application.parent / "poison" / "cp.yaml").write_text("own: 1\n")
+    application.write_text(application.read_text().replace("config_path=None", "config_path='.'"))
+    found = run(application, "+poison=cp")
+    assert (found.stdout, found.returncode) == ("poison:\n  own: 1\nFalse\n", 0)
 
 
 def test_an_unknown_key_is_refused_by_hydra(application):
@@ -77,9 +98,11 @@ def test_a_wheel_carries_configurations_patches_and_the_plugin(application, tmp_
         "cp_plugin/configs/poison/cp.yaml",
         "cp_plugin/configs/pretrain/simclr.yaml",
         "cp_plugin/patches/__init__.py",
+        "cp_plugin/patches/compute_on_step.py",
     ):
         assert expected in names
-    found = run(application, "+poison=inject", "poison.path=x", path=str(tmp_path / "site"))
+    chosen = ["+poison=inject", "poison.path=x"]
+    found = run(application, "--cfg=job", *chosen, path=str(tmp_path / "site"))
     assert found.returncode == 0, found.stderr
     assert "path: x" in found.stdout
 

@@ -27,7 +27,9 @@ def test_no_type_of_row_leaves_the_budget(dtype, eps):
     assert perturbation.gather(torch.arange(400)).abs().max() <= eps
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("float16", 2e-5), ("int8", 2e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 0), ("float16", 2e-5), ("int8", 2e-4)]
+)
 def test_rows_read_as_they_were_written(dtype, tolerance):
     perturbation = store(dtype=dtype)
     before = perturbation.gather(torch.arange(6))

@@ -24,7 +24,9 @@ def class_poison():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_a_sample_poison_is_read_as_it_was_written(tmp_path, dtype):
-    poison = Poison(perturbation(dtype=dtype), "sample", torch.tensor([1, 2, 3, 4]), info={"a": "b"})
+    poison = Poison(
+        perturbation(dtype=dtype), "sample", torch.tensor([1, 2, 3, 4]), info={"a": "b"}
+    )
     loaded = Poison.load(poison.save(tmp_path / "p.safetensors"))
     assert torch.equal(loaded.perturbation.stored, poison.perturbation.stored)
     assert torch.equal(loaded.keys, poison.keys)

@@ -15,14 +15,20 @@ else:
     except ImportError:
         Callback = new_root.Callback
     else:
-        # `lightning.pytorch` and `pytorch_lightning` hold equal but different classes, and a trainer
-        # runs only its own.
+        # `lightning.pytorch` and `pytorch_lightning` hold equal but different classes, and a
+        # trainer runs only its own.
         class Callback(new_root.Callback, old_root.Callback):
             """A callback of `lightning.pytorch` and of `pytorch_lightning` at once."""
 
 
 def run_folder(trainer: Any) -> Path:
-    """Return where a run leaves its files: the logger's folder, else the trainer's root."""
+    """Return where a run leaves its files: the logger's folder, else the trainer's root.
+
+    In solo-learn it is the folder of its checkpoints, which is known once training has started.
+    """
+    for callback in trainer.callbacks:
+        if type(callback).__module__ == "solo.utils.checkpointer":
+            return Path(getattr(callback, "path", callback.logdir))
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

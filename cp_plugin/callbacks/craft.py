@@ -59,7 +59,6 @@ class CraftPoison(Callback):
         if stage != "fit":
             return
         self._trainer = trainer
-        self.path = self.folder / POISON_FILE
         loop, rounds = trainer.fit_loop, self.config.rounds
         if self.config.model_steps == EPOCH:
             loop.max_epochs = _least(loop.max_epochs, rounds)
@@ -97,6 +96,11 @@ class CraftPoison(Callback):
     def folder(self) -> Path:
         """Where poison and snapshots go; the run's folder may be known only as training starts."""
         return Path(self.config.dir) if self.config.dir else run_folder(self._trainer)
+
+    @property
+    def path(self) -> Path:
+        """The poison file."""
+        return self.folder / POISON_FILE
 
     @property
     def attack(self) -> Attack:

@@ -1,4 +1,4 @@
-"""What a Lightning trainer feeds to its module: images before augmentation, views made by the mirror.
+"""What a trainer feeds to its module: images before augmentation, views made by the mirror.
 
 The user's loader stays the user's own, with its sampler, batch size and workers; only the data set
 it fetches from and the function it collates by are exchanged while a run lasts, and put back after.
@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 
 from cp_plugin.config import UserError
 from cp_plugin.data import Opened
+from cp_plugin.data.markers import rebuilt
 from cp_plugin.host import Batch
 
 Views = Callable[[Batch], list[Tensor]]
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def training_loader(trainer: Any) -> DataLoader[Any]:
@@ -79,7 +81,8 @@ class Feed:
 
         Args:
             trainer: a Lightning trainer.
-            module: its module; the hook `on_after_batch_transfer` is wrapped on the instance.
+            module: its module; its hooks around the transfer of a batch are wrapped on the instance,
+                so that they see their own batches only.
             opened: the loader's data set without its transform.
             views: makes the views of a batch.
         """
@@ -87,23 +90,41 @@ class Feed:
         self._module = module
         host_collate = training_loader(trainer).collate_fn
         self._exchange = Exchange(trainer, opened, _Collate(opened, host_collate))
-        own_hook = module.on_after_batch_transfer
+        before, move, after = (getattr(module, name) for name in HOOKS)
+
+        def on_before_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+            return batch if isinstance(batch, Batch) else before(batch, dataloader_idx)
+
+        def transfer_batch_to_device(batch: Any, device: Any, dataloader_idx: int) -> Any:
+            if isinstance(batch, Batch):
+                return _moved(batch, device)
+            return move(batch, device, dataloader_idx)
 
         def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
             if isinstance(batch, Batch) and trainer.training:
-                batch = opened.with_views(batch.sample, views(batch))
-            return own_hook(batch, dataloader_idx)
+                sample = opened.with_views(batch.sample, views(batch))
+                batch = before(sample, dataloader_idx)
+            return after(batch, dataloader_idx)
 
-        module.on_after_batch_transfer = on_after_batch_transfer
+        hooks = (on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer)
+        vars(module).update(zip(HOOKS, hooks, strict=True))
 
     def stop(self) -> None:
         """Give the module and the loader their own back."""
-        del self._module.on_after_batch_transfer
+        for name in HOOKS:
+            del vars(self._module)[name]
         self._exchange.restore()
 
 
+def _moved(batch: Batch, device: Any) -> Batch:
+    def move(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return Batch(*(rebuilt(part, move) for part in batch))
+
+
 class _Collate:
-    """`Opened.collate` with the host's own collate function; a class, so that workers can have it."""
+    """`Opened.collate` with the host's own collate function; a class, for the workers' sake."""
 
     def __init__(self, opened: Opened, host_collate: Callable[[Any], Any]) -> None:
         self._opened, self._host_collate = opened, host_collate

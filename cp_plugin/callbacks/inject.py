@@ -29,7 +29,7 @@ class AddPoison:
         Args:
             poison: the poison.
             classes: the data set's class names.
-            fraction: part of the rows that is used; chosen by key, so the choice is the same anywhere.
+            fraction: part of the rows that is used; chosen by key, hence the same anywhere.
 
         Raises:
             UserError: the poison was made for other classes.
@@ -130,7 +130,7 @@ class InjectPoison(Callback):
 
 
 class MirrorViews(Callback):
-    """Train on views made by the mirror, on the module's device, instead of by the host's transform.
+    """Train on views made by the mirror on the module's device, not by the host's transform.
 
     Same distribution, same pixels within the mirror's error, no Pillow in the loader. Stands after
     `InjectPoison` in the list of callbacks.

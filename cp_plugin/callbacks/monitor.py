@@ -19,8 +19,8 @@ class KNNMonitor(Callback):
     """Log the accuracy of a kNN on frozen features, on the clean and on the poisoned bank.
 
     The bank is the training set and the queries are the validation set, both without augmentation.
-    With a poison in the run (`CraftPoison`, `InjectPoison`) the bank is used twice: untouched, and as
-    the victim has it. Logged as `knn_clean_bank` and `knn_poisoned_bank`, in percent.
+    With a poison in the run (`CraftPoison`, `InjectPoison`) the bank is used twice: untouched, and
+    as the victim has it. Logged as `knn_clean_bank` and `knn_poisoned_bank`, in percent.
     """
 
     def __init__(self, bank: Any = None, query: Any = None, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""How far a run is: one bar for all its epochs, or a line now and then where there is no terminal."""
+"""How far a run is: one bar for all epochs, or lines now and then where there is no terminal."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ ROWS: list[Row] = [
      chosen(lambda im, p, i: ImageOps.autocontrast(im)), None, None),
     ("sharpness", lambda s: v1.RandomAdjustSharpness(2.0, 1.0),
      chosen(lambda im, p, i: F.adjust_sharpness(im, 2.0)),
-     flat(lambda x: enhance.sharpness(x, 1.0)), None),
+     flat(lambda x: enhance.sharpness(x, 2.0)), None),
     ("rotation (bilinear)", lambda s: v1.RandomRotation(30, Mode.BILINEAR),
      lambda im, p, i, s: F.rotate(im, float(p["angle"][i]), Mode.BILINEAR),
      lambda x, p, s: geometry.rotate(x, p["angle"].float()), None),
