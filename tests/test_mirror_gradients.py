@@ -53,7 +53,7 @@ STRAIGHT = {
 def images(seed: int) -> Tensor:
     """Pixels off the clamps and off each other."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(4, 3, 10, 9, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    return torch.rand(3, 3, 9, 8, generator=generator, dtype=torch.float64) * 0.9 + 0.05
 
 
 def gradients_declared(twin: Mirror) -> set[str]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from cp_plugin.mirror.operation import LEVEL
 
 HALF = LEVEL / 2
-TINY = 1e-30
+TINY, HUGE = 1e-30, 1e30
+ALMOST_ONE = 1 - 1e-7
 CENTRES = (3.0, 2.0, 4.0)
 """Angles that red, green and blue are measured from; red's is the opposite of its own, so that the
 circle is cut where its value is the same on both sides."""
@@ -32,12 +33,11 @@ class Analysis(NamedTuple):
     over_chroma: Tensor
     x: Tensor
     side: Tensor
-    offsets: Tensor
-    """(B, 3, H, W) angles from the centres of red, green and blue."""
-    heights: Tensor
-    """(B, 3, H, W) heights above the smallest channel, in chromas, clamped."""
-    differences: tuple[Tensor, Tensor, Tensor]
-    """R - G, R - B, G - B."""
+    """1 where green is at least blue, -1 elsewhere."""
+    offsets: tuple[Tensor, ...]
+    """Angles from the centres of red, green and blue."""
+    heights: tuple[Tensor, ...]
+    """Of red, green and blue above the smallest channel, in chromas, clamped."""
 
 
 def rotate_hue(images: Tensor, shift: Tensor, quantised: bool) -> Analysis:
@@ -55,28 +55,26 @@ def rotate_hue(images: Tensor, shift: Tensor, quantised: bool) -> Analysis:
     largest = torch.maximum(torch.maximum(red, green), blue)
     chroma = largest - torch.minimum(torch.minimum(red, green), blue)
     over_chroma = chroma.clamp(min=TINY).reciprocal_()
-    differences = (red - green, red - blue, green - blue)
-    x = (differences[0] + differences[1]).mul_(over_chroma)
-    side = torch.copysign(torch.full((), 1 / 12, dtype=x.dtype, device=x.device), differences[2])
+    x = (red - green).add_(red).sub_(blue).mul_(over_chroma)
+    side = torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), green - blue)
     turn = x.clamp(-1, 1).sub_(x, alpha=2).add_(3).mul_(side)
     angle = _shifted(turn, shift, quantised)
     if quantised:
         chroma.sub_(largest, alpha=HALF).clamp_(min=0)
     smallest = largest.sub_(chroma)
-    centres, slopes, tops = _trapezoids(images)
-    offsets = angle[:, None] - centres
-    heights = torch.addcmul(tops, slopes, offsets.abs()).clamp_(0, 1)
-    torch.addcmul(smallest[:, None], chroma[:, None], heights, out=images)
-    return Analysis(chroma, over_chroma, x, side, offsets, heights, differences)
+    offsets = tuple(angle - centre for centre in CENTRES)
+    heights = tuple(
+        (2 - offset.abs() if channel else offset.abs().sub_(1)).clamp_(0, 1)
+        for channel, offset in enumerate(offsets)
+    )
+    for channel, height in enumerate(heights):
+        torch.addcmul(smallest, chroma, height, out=images[:, channel])
+    return Analysis(chroma, over_chroma, x, side, offsets, heights)
 
 
-def _trapezoids(like: Tensor) -> Tensor:
-    """Return centres, slopes and tops (3, 3, 1, 1) of the heights of red, green and blue."""
-    return like.new_tensor((CENTRES, (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0)))[:, :, None, None]
-
-
-def _shifted(turn: Tensor, shift: Tensor, quantised: bool) -> Tensor:
-    """Add the shift to hues in turns, (-0.5, 0.5]; return angles on a circle of six."""
+def _shifted(twelfths: Tensor, shift: Tensor, quantised: bool) -> Tensor:
+    """Add the shift to hues in (-6, 6], twelfths of a turn; return angles on a circle of six."""
+    turn = twelfths.mul_(1 / 12)
     turn.sub_(turn.floor())
     if not quantised:
         turn.add_(shift)
@@ -87,24 +85,24 @@ def _shifted(turn: Tensor, shift: Tensor, quantised: bool) -> Tensor:
 
 def rotate_hue_backward(grad: Tensor, found: Analysis, quantised: bool) -> None:
     """Turn the gradient (B, 3, H, W) of the rotated images into that of the images, in place."""
-    total = _sum(grad)
+    total = (grad[:, 0] + grad[:, 1]).add_(grad[:, 2])
     # The smallest channel is the largest less the chroma.
-    along_chroma = _sum(grad * found.heights).sub_(total)
+    along_chroma = total.neg()
+    along_angle = torch.zeros_like(total)
+    for channel, (offset, height) in enumerate(zip(found.offsets, found.heights, strict=True)):
+        given = grad[:, channel]
+        along_chroma.addcmul_(given, height)
+        inner = _hardtanh_backward(given, height, 0.0, 1.0)
+        sign = torch.mul(offset, HUGE).clamp_(-1, 1)
+        along_angle.addcmul_(inner, sign, value=-1 if channel else 1)
     along_chroma = _threshold_backward(along_chroma, found.chroma, 0)
-    inner = _hardtanh_backward(grad, found.heights, 0.0, 1.0).mul_(found.offsets.sgn())
-    along_angle = (inner[:, 0] - inner[:, 1]).sub_(inner[:, 2]).mul_(found.side)
-    along_angle.mul_(found.chroma).mul_(found.over_chroma).mul_(12)
+    along_angle.mul_(found.side).mul_(found.chroma).mul_(found.over_chroma)
     along_x = _hardtanh_backward(along_angle, found.x, -1.0, 1.0)
     along_x.mul_(0.5).sub_(along_angle)  # of 2R - G - B, with the chroma fixed
     through_chroma = torch.mul(along_x, found.x)
     to_largest = total.add_(along_chroma, alpha=1 - HALF if quantised else 1).sub_(through_chroma)
     to_smallest = through_chroma.sub_(along_chroma)
-    _scatter(grad, found.differences, to_largest, to_smallest, along_x)
-
-
-def _sum(images: Tensor) -> Tensor:
-    """Sum over the channels; faster than a reduction over three."""
-    return (images[:, 0] + images[:, 1]).add_(images[:, 2])
+    _scatter(grad, found, to_largest, to_smallest, along_x)
 
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward
@@ -112,22 +110,21 @@ _threshold_backward = torch.ops.aten.threshold_backward
 
 
 def _scatter(
-    out: Tensor,
-    differences: tuple[Tensor, Tensor, Tensor],
-    to_largest: Tensor,
-    to_smallest: Tensor,
-    along_x: Tensor,
+    out: Tensor, found: Analysis, to_largest: Tensor, to_smallest: Tensor, along_x: Tensor
 ) -> None:
-    """Hand gradients to the channels they came from; of equal channels one gets it."""
-    red_green, red_blue, green_blue = differences
-    red_first = _threshold_backward(to_largest, torch.minimum(red_green, red_blue), -TINY)
-    green_red = -red_green
-    green_first = _threshold_backward(to_largest, torch.minimum(green_blue + TINY, green_red), 0)
-    to_largest.sub_(red_first).sub_(green_first)
-    blue_last = _threshold_backward(to_smallest, torch.minimum(red_blue, green_blue), -TINY)
-    blue_green = (-TINY) - green_blue
-    green_last = _threshold_backward(to_smallest, torch.minimum(red_green, blue_green), -TINY)
-    to_smallest.sub_(blue_last).sub_(green_last)
-    torch.add(red_first, to_smallest, out=out[:, 0]).add_(along_x, alpha=2)
-    torch.add(green_first, green_last, out=out[:, 1]).sub_(along_x)
-    torch.add(to_largest, blue_last, out=out[:, 2]).sub_(along_x)
+    """Hand gradients to the channels they came from.
+
+    Red is the largest where x >= 1 and the smallest where x <= -1; otherwise `side` decides between
+    green and blue.
+    """
+    red = _threshold_backward(to_largest, found.x, ALMOST_ONE)
+    red_smallest = _threshold_backward(to_smallest, found.x.neg(), ALMOST_ONE)
+    to_largest.sub_(red)
+    to_smallest.sub_(red_smallest)
+    over_blue = found.side.add(1).mul_(0.5)
+    green, blue = to_largest * over_blue, to_smallest * over_blue
+    to_largest.sub_(green)
+    to_smallest.sub_(blue)
+    torch.add(red.add_(red_smallest), along_x, alpha=2, out=out[:, 0])
+    torch.sub(green.add_(to_smallest), along_x, out=out[:, 1])
+    torch.sub(blue.add_(to_largest), along_x, out=out[:, 2])

@@ -139,6 +139,7 @@ class _Jitter(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
         ctx.save_for_backward(images)
         ctx.params = params
+        params["mean"] = torch.empty_like(params["mean_weight"])  # grey, before each step
         now = images.index_select(0, params["forth"])
         for part in portions(images, params["end"]):
             _forward(now[part], _portion(params, part), None)
@@ -162,7 +163,7 @@ def _portion(params: Params, part: slice) -> Params:
     size = part.stop - part.start
     return {
         **params,
-        **{key: params[key][:, part] for key in ("matrix", "mean_weight", "bias")},
+        **{key: params[key][:, part] for key in ("matrix", "mean_weight", "mean", "bias")},
         "shift": params["shift"][part],
         "bounds": [min(max(bound - part.start, 0), size) for bound in params["bounds"]],
         "end": size,
@@ -202,7 +203,9 @@ def _affine(now: Tensor, params: Params, step: int, part: slice, tape: Tape | No
     pixels = now[part].flatten(2)
     offset = params["bias"][step, part, None, None]
     if params["has_contrast"]:
-        mean = pixels.mean(2) @ params["grey"]
+        mean = params["mean"][step, part]
+        if tape is None:
+            torch.mv(pixels.mean(2), params["grey"], out=mean)
         offset = offset + (params["mean_weight"][step, part] * mean)[:, None, None]
     out = torch.baddbmm(offset, params["matrix"][step, part], pixels)
     if tape is None:

@@ -149,7 +149,7 @@ def portions(images: Tensor, stop: int | None = None) -> list[slice]:
         return []
     budget = PORTION_ON_DEVICE
     if images.device.type == "cpu":
-        budget = min(PORTION, max(images.numel() // 8, PORTION // 8))
+        budget = min(PORTION, max(images.numel() // 6, PORTION // 8))
     step = max(1, budget // max(1, images[0].numel()))
     return [slice(start, min(start + step, stop)) for start in range(0, stop, step)]
 
