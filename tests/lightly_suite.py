@@ -46,8 +46,8 @@ def sample_of(style: Style, views: Sequence[Tensor], labels: Tensor) -> Any:
 class Held(TorchFunctionMode):
     """Records what stop-gradients outside the momentum branch let through, and puts it in again.
 
-    While recording, a result that needs no gradient though it came by `detach` or in no-grad mode is
-    a stop-gradient; a released one needs its gradient. On replay the recorded values stand in, so
+    While recording, a result that needs no gradient though it came by `detach` or in no-grad mode
+    is a stop-gradient; a released one needs its gradient. On replay the recorded values stand in, so
     that finite differences see constants where autograd does.
     """
 

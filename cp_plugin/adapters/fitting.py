@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
-from cp_plugin.branches import graph_below
+from cp_plugin.adapters.observation import Ask, Asking
+from cp_plugin.branches import graph_below, tensors_in
 from cp_plugin.config import UserError
+from cp_plugin.data.markers import rebuilt
 from cp_plugin.host import Batch
-from cp_plugin.release import release, untouched
+from cp_plugin.release import Release, untouched
 
 MASKED = {
     "MAEDecoder": "MAE",
@@ -34,19 +36,19 @@ NOISE = 10.0
 SMALLEST = 1e-5
 
 
-class Fits(Protocol):
-    """What `check_labels` needs of a host."""
+SINGLE = frozenset({"MAETransform", "AIMTransform", "CAPITransform", "IJEPATransform"})
+"""Lightly's transforms for such methods."""
 
-    method: str
-    module: nn.Module
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Return the loss."""
-        ...
+def check_pipeline(method: str, pipeline: Any) -> None:
+    """Check that a transform makes views to compare.
 
-    def momentum_modules(self) -> Sequence[nn.Module]:
-        """Return the momentum branch."""
-        ...
+    Raises:
+        UserError: it belongs to masked modelling or I-JEPA.
+    """
+    for base in type(pipeline).__mro__:
+        if base.__name__ in SINGLE and base.__module__.startswith("lightly."):
+            raise UserError(_masked(method, f"the transform {base.__name__}"))
 
 
 def check_module(module: Any, views: int) -> None:
@@ -80,11 +82,18 @@ def check_module(module: Any, views: int) -> None:
         raise UserError(_masked(name, "a transform that makes one view"))
 
 
-def check_labels(host: Fits, views: Sequence[Tensor], batch: Batch, labels: Tensor | None) -> None:
+def checking_labels(
+    method: str,
+    release_of: Callable[[], Release],
+    views: Sequence[Tensor],
+    batch: Batch,
+    labels: Tensor | None,
+) -> Asking:
     """Check that the gradient with respect to the views is the same whatever the labels are.
 
     Args:
-        host: the method; left as it was found.
+        method: its name.
+        release_of: makes the context that the noise phase uses.
         views: V views, each float (B, C, h, w).
         batch: what they were made of.
         labels: int64 (B); None: integers of the sample that repeat are taken for labels.
@@ -92,43 +101,59 @@ def check_labels(host: Fits, views: Sequence[Tensor], batch: Batch, labels: Tens
     Raises:
         UserError: it is not: the method uses labels by design, or a classifier was not found.
     """
-    rolled = batch._replace(sample=tree_map(_roller(batch, labels), batch.sample))
-    pairs = zip(_tensors(batch.sample), _tensors(rolled.sample), strict=True)
-    if all(torch.equal(before, after) for before, after in pairs):
+    rolled = batch._replace(sample=rebuilt(batch.sample, _roller(batch, labels)))
+    if _equal(batch.sample, rolled.sample):
         return
-    first, other = _gradient(host, views, batch), _gradient(host, views, rolled)
+    first: list[Tensor] = []
+    other: list[Tensor] = []
+    again: list[Tensor] = []
+    yield from _gradient(release_of(), views, batch, first)
+    yield from _gradient(release_of(), views, rolled, other)
     size = sum(float(g.norm()) for g in first)
     change = _distance(first, other)
     if change <= SMALLEST * size:
         return
-    if change > NOISE * _distance(first, _gradient(host, views, batch)):
+    yield from _gradient(release_of(), views, batch, again)
+    if change > NOISE * _distance(first, again):
         raise UserError(
-            f"the loss of {host.method} depends on the labels of its batch: with other labels its "
+            f"the loss of {method} depends on the labels of its batch: with other labels its "
             f"gradient changes by {100 * change / max(size, 1e-30):.2g} %. A contrastive poison "
             "minimises a loss without labels: leave the supervised term out, or call the module "
             "that reads labels `…classifier` and give it detached features."
         )
 
 
-def only_chooses(host: Fits, views: Sequence[Tensor], batch: Batch) -> bool:
-    """Tell whether the momentum branch only picks indices (SMoG's groups, neighbours of a queue).
+@dataclass
+class Choice:
+    """What `choosing` finds."""
+
+    only: bool = False
+    """Whether the momentum branch only picks indices, so that no gradient goes through it."""
+
+
+def choosing(released: Release, views: Sequence[Tensor], batch: Batch, found: Choice) -> Asking:
+    """Find out whether the momentum branch only picks indices (SMoG's groups, neighbours).
 
     No gradient goes through a choice, so there is none to release. A branch that the host has cut
     with `.data`, numpy or `torch.inference_mode` is no such case: `check_release` refuses it.
 
     Args:
-        host: the method; left as it was found.
+        released: the context that the noise phase uses.
         views: V views, each float (B, C, h, w).
         batch: what they were made of.
+        found: what is filled in.
     """
-    leaves = [view.detach().requires_grad_() for view in views]
-    released, cuts = release(host.module, host.momentum_modules()), _Cuts()
-    with untouched(host.module), torch.enable_grad():
-        host.module.eval()
+    cuts = _Cuts()
+
+    def look(loss: Tensor) -> None:
+        lineage = released.lineage
+        reaches = bool(lineage.momentum & graph_below([loss]))
+        found.only = lineage.momentum_called and not (reaches or cuts.seen)
+
+    with untouched(released.module), torch.enable_grad():
+        released.module.eval()
         with released, cuts:
-            loss = host.loss([leaf.clone() for leaf in leaves], batch)
-    lineage = released.lineage
-    return lineage.momentum_called and not (lineage.momentum & graph_below([loss]) or cuts.seen)
+            yield Ask([view.detach().requires_grad_().clone() for view in views], batch, look)
 
 
 class _Cuts(TorchFunctionMode):
@@ -147,17 +172,22 @@ class _Cuts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _gradient(host: Fits, views: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+def _gradient(
+    released: Release, views: Sequence[Tensor], batch: Batch, found: list[Tensor]
+) -> Asking:
     leaves = [view.detach().requires_grad_() for view in views]
-    with untouched(host.module), torch.enable_grad():
-        host.module.eval()
-        with release(host.module, host.momentum_modules()):
-            loss = host.loss([leaf.clone() for leaf in leaves], batch)
-        if not loss.requires_grad:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    pairs = zip(found, leaves, strict=True)
-    return [torch.zeros_like(leaf) if g is None else g.float() for g, leaf in pairs]
+
+    def look(loss: Tensor) -> None:
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        pairs = zip(gradients, leaves, strict=True)
+        found[:] = [torch.zeros_like(leaf) if g is None else g.float() for g, leaf in pairs]
+
+    with untouched(released.module), torch.enable_grad():
+        released.module.eval()
+        with released:
+            yield Ask([leaf.clone() for leaf in leaves], batch, look)
 
 
 def _distance(first: list[Tensor], other: list[Tensor]) -> float:
@@ -181,15 +211,14 @@ def _roller(batch: Batch, labels: Tensor | None) -> Callable[[Any], Any]:
     return roll
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    leaves: list[Tensor] = []
-    tree_map(lambda value: leaves.append(value) if isinstance(value, Tensor) else None, tree)
-    yield from leaves
+def _equal(first: Any, other: Any) -> bool:
+    pairs = zip(tensors_in(first), tensors_in(other), strict=True)
+    return all(torch.equal(before, after) for before, after in pairs)
 
 
 def _masked(name: str, what: str) -> str:
     return (
-        f"{name} has {what}: it predicts hidden parts of one view (masked modelling, I-JEPA), "
-        "and a contrastive poison minimises a loss that compares two or more views. Use a method "
-        "such as SimCLR, MoCo, BYOL or DINO as surrogate; any method can be a victim."
+        f"{name} has {what}: such methods predict hidden parts of one view (masked modelling, "
+        "I-JEPA), and a contrastive poison minimises a loss that compares two or more views. Use a "
+        "method such as SimCLR, MoCo, BYOL or DINO as surrogate; any method can be a victim."
     )

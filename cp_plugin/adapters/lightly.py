@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from cp_plugin.adapters.fitting import check_labels, check_module, only_chooses
-from cp_plugin.adapters.momentum import confirmed_branch, find_momentum_modules
-from cp_plugin.adapters.observation import named_networks, observe
+from cp_plugin.adapters.branch import Branch
+from cp_plugin.adapters.fitting import check_module
+from cp_plugin.adapters.observation import named_networks
 from cp_plugin.config import UserError
 from cp_plugin.host import Batch
-
-log = logging.getLogger("cp_plugin")
 
 ENCODER_NAMES = (
     *("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder"),
@@ -56,15 +52,22 @@ class LightningHost:
         self.method = type(module).__name__
         self._with_views = with_views
         self._precision = precision
-        self._auto = momentum_modules == "auto"
-        self._momentum = find_momentum_modules(module, momentum_modules)
-        self._readers: list[nn.Module] = []
+        self.branch = Branch(module, momentum_modules)
         self._takes_index = _takes_index(module.training_step)
+
+    @property
+    def _momentum(self) -> dict[str, nn.Module]:
+        """The momentum branch by name, for hosts that know theirs and set it."""
+        return self.branch.found
+
+    @_momentum.setter
+    def _momentum(self, found: dict[str, nn.Module]) -> None:
+        self.branch.found = found
 
     @property
     def momentum_names(self) -> tuple[str, ...]:
         """Names of the momentum branch's modules."""
-        return tuple(self._momentum)
+        return tuple(self.branch.found)
 
     @property
     def device(self) -> torch.device:
@@ -96,39 +99,15 @@ class LightningHost:
         Raises:
             UserError: the gradient with respect to the views depends on the labels.
         """
-        seen = observe(self.module, lambda made: self.loss(made, batch), views)
-        self._readers = seen.readers(self.module)
-        if self._auto and seen.trained:
-            idle = [name for name, network in self._momentum.items() if not seen.ran(network)]
-            if idle:
-                log.warning(
-                    "%s of %s never ran, so no gradient flows through it; if it runs later on, "
-                    "name it with momentum_modules=[…]",
-                    ", ".join(idle),
-                    self.method,
-                )
-            self._momentum = confirmed_branch(self.module, seen)
-        if self._auto and self._momentum and only_chooses(self, views, batch):
-            log.info("%s only picks indices in its momentum branch: no gradient", self.method)
-            self._momentum = {}
-        log.info("momentum branch of %s: %s", self.method, ", ".join(self._momentum) or "none")
-        check_labels(self, views, batch, labels)
+        for ask in self.branch.settling(self.method, views, batch, labels):
+            ask.look(self.loss(ask.views, ask.batch))
 
     def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the loss of the module's own `training_step` on these views."""
         module: Any = self.module
         index = (_batch_index(module),) if self._takes_index else ()
-        hooks = [
-            reader.register_forward_pre_hook(_detached, prepend=True, with_kwargs=True)
-            for reader in self._readers
-            if self._momentum
-        ]
-        try:
-            with self._precision():
-                output = module.training_step(self._own_batch(views, batch), *index)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._precision(), self.branch.readers_detached():
+            output = module.training_step(self._own_batch(views, batch), *index)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise UserError(
@@ -139,8 +118,7 @@ class LightningHost:
 
     def momentum_modules(self) -> Sequence[nn.Module]:
         """Return the momentum branch as it is now; a step may have replaced its modules."""
-        networks = named_networks(self.module)
-        return [networks.get(name, found) for name, found in self._momentum.items()]
+        return self.branch.modules()
 
     def encoder(self) -> nn.Module:
         """Return the module whose output is the representation.
@@ -201,12 +179,3 @@ def _batch_index(module: Any) -> int:
 def _is_container(network: nn.Module) -> bool:
     """Tell a module without a forward of its own from one that can be called."""
     return type(network).forward is nn.Module.forward
-
-
-def _detached(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Detach what goes into a module, also where a release would keep the gradient."""
-    with torch._C.DisableTorchFunction():
-        detached: tuple[Any, Any] = tree_map(
-            lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)
-        )
-    return detached

@@ -76,7 +76,7 @@ def confirmed_branch(module: nn.Module, observation: Observation) -> dict[str, n
 
     Args:
         module: the method.
-        observation: of one step, see `cp_plugin.adapters.observation.observe`.
+        observation: of one step, see `cp_plugin.adapters.observation.observing`.
     """
     known = named_networks(module)
     twins = _twins(known)

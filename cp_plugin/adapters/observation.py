@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cp_plugin.branches import graph_below, is_compiled, tensors_in
+from cp_plugin.host import Batch
 from cp_plugin.untouched import untouched
 
 
@@ -53,17 +54,32 @@ class Observation:
         ]
 
 
-def observe(
-    module: nn.Module, loss: Callable[[Sequence[Tensor]], Tensor], views: Sequence[Tensor]
-) -> Observation:
-    """Run a step in eval mode, as the noise phase does, and watch it; the module stays as it was.
+class Ask(NamedTuple):
+    """A loss that is asked for: whoever can compute it does, and shows it to `look` at once."""
+
+    views: Sequence[Tensor]
+    """V views, each float (B, C, h, w)."""
+    batch: Batch
+    """What they were made of."""
+    look: Callable[[Tensor], None]
+    """To be called with the loss before anything else runs."""
+
+
+Asking = Iterator[Ask]
+"""Work that needs losses: the host stays prepared while an `Ask` is open, and is put back after."""
+
+
+def observing(
+    module: nn.Module, views: Sequence[Tensor], batch: Batch, seen: Observation
+) -> Asking:
+    """Watch one step in eval mode, as in the noise phase; the module is left as it was.
 
     Args:
         module: the method.
-        loss: the method's loss of its views.
         views: V views, each float (B, C, h, w).
+        batch: what they were made of.
+        seen: what is filled in.
     """
-    seen = Observation()
     outputs: list[tuple[nn.Module, Any]] = []
 
     def note(unit: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -72,24 +88,25 @@ def observe(
         seen.calls.setdefault(id(unit), []).append(carries)
         outputs.extend((unit, tensor.grad_fn) for tensor in _outputs(output))
 
+    def look(loss: Tensor) -> None:
+        below = graph_below([loss])
+        seen.trained = {id(node.variable) for node in below if hasattr(node, "variable")}
+        seen.connected = {id(unit) for unit, node in outputs if node is not None and node in below}
+        after = _states(units.values())
+        seen.written = {key for key, state in after.items() if before.get(key, state) != state}
+
     units = {id(u): u for n in named_networks(module).values() for u in units_in(n)}
     with untouched(module, freeze=False), torch.enable_grad():
         module.eval()
-        before = {id(p): (p._version, p.data_ptr()) for p in _parameters(units.values())}
+        before = _states(units.values())
         hooks: list[RemovableHandle] = [
             unit.register_forward_hook(note, with_kwargs=True) for unit in units.values()
         ]
         try:
-            value = loss([view.detach().requires_grad_().clone() for view in views])
+            yield Ask([view.detach().requires_grad_().clone() for view in views], batch, look)
         finally:
             for hook in hooks:
                 hook.remove()
-        below = graph_below([value])
-        after = {id(p): (p._version, p.data_ptr()) for p in _parameters(units.values())}
-    seen.trained = {id(node.variable) for node in below if hasattr(node, "variable")}
-    seen.connected = {id(unit) for unit, node in outputs if node is not None and node in below}
-    seen.written = {key for key, state in after.items() if before.get(key, state) != state}
-    return seen
 
 
 def named_networks(module: nn.Module) -> dict[str, nn.Module]:
@@ -139,9 +156,10 @@ def _hidden(name: str, value: Any) -> Iterator[tuple[str, nn.Module]]:
             yield from _hidden(f"{name}.{key}", item)
 
 
-def _parameters(units: Any) -> Iterator[nn.Parameter]:
-    for unit in units:
-        yield from unit.parameters()
+def _states(units: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
+    """Return what changes when a parameter is written to, in place or through `.data`."""
+    parameters = (parameter for unit in units for parameter in unit.parameters())
+    return {id(p): (p._version, p.data_ptr()) for p in parameters}
 
 
 def _outputs(output: Any) -> Iterator[Tensor]:

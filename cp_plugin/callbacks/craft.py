@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_plugin.adapters import adapt
+from cp_plugin.adapters.fitting import check_pipeline
 from cp_plugin.attack import Attack, Schedule
 from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import Callback, run_folder, run_seed
@@ -74,7 +75,9 @@ class CraftPoison(Callback):
                 "folder."
             )
         loader = training_loader(trainer)
-        twin = mirror(Opened(loader.dataset, None).transform).to(pl_module.device)
+        pipeline = Opened(loader.dataset, None).transform
+        check_pipeline(type(pl_module).__name__, pipeline)
+        twin = mirror(pipeline).to(pl_module.device)
         opened = Opened(loader.dataset, self.config.image_size or twin.crop_size)
         host = adapt(
             pl_module,

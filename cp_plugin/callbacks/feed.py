@@ -81,8 +81,8 @@ class Feed:
 
         Args:
             trainer: a Lightning trainer.
-            module: its module; its hooks around the transfer of a batch are wrapped on the instance,
-                so that they see their own batches only.
+            module: its module; its hooks around the transfer of a batch are wrapped on the
+                instance, so that they see their own batches only.
             opened: the loader's data set without its transform.
             views: makes the views of a batch.
         """
@@ -112,13 +112,13 @@ class Feed:
     def stop(self) -> None:
         """Give the module and the loader their own back."""
         for name in HOOKS:
-            del vars(self._module)[name]
+            vars(self._module).pop(name, None)
         self._exchange.restore()
 
 
 def _moved(batch: Batch, device: Any) -> Batch:
     def move(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
     return Batch(*(rebuilt(part, move) for part in batch))
 
