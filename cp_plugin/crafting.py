@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.adapters.module import ModuleHost
 from cp_plugin.attack import Attack, Rows, Schedule
 from cp_plugin.config import EPOCH, CraftConfig, UserError
 from cp_plugin.data import Opened, class_names, labels
@@ -33,9 +33,11 @@ MAPPED_BYTES = 8 << 30
 class Crafting:
     """One poison in the making."""
 
+    attack_class = Attack
+
     def __init__(
         self,
-        host: LightningHost,
+        host: ModuleHost,
         twin: Mirror,
         opened: Opened,
         config: CraftConfig,
@@ -62,7 +64,7 @@ class Crafting:
         self.labels = labels(opened.dataset)
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         perturbation, rows = self._rows(resumed)
-        self.attack = Attack(host, twin, perturbation, rows, config, seed)
+        self.attack = self.attack_class(host, twin, perturbation, rows, config, seed)
         self._bound = list(host.momentum_modules())
         self.schedule = self._schedule(1, 1)
 
@@ -75,18 +77,16 @@ class Crafting:
         """
         self.schedule = self._schedule(batches, accumulated)
 
-    def settle(self, views: list[Tensor], batch: Batch) -> None:
-        """Let the host look at its first batch, and take over what it finds."""
-        known = None if self.labels is None else self.labels[batch.rows.cpu()]
-        self.host.settle(views, batch, known)
-        self.rebind()
+    def labels_of(self, batch: Batch) -> Tensor | None:
+        """Return the labels of a batch's images, int64 (B), None where there are none."""
+        return None if self.labels is None else self.labels[batch.rows.cpu()]
 
     def rebind(self) -> None:
         """Take the modules of the momentum branch as they are now: hosts may replace them."""
         found = list(self.host.momentum_modules())
         if [id(module) for module in found] != [id(module) for module in self._bound]:
             old = self.attack
-            self.attack = Attack(
+            self.attack = self.attack_class(
                 self.host, self.twin, old.perturbation, old.rows, self.config, self.seed
             )
             self._bound = found
@@ -220,7 +220,7 @@ class Crafting:
         }
 
 
-def _backbone(host: LightningHost) -> str:
+def _backbone(host: ModuleHost) -> str:
     """Return the name of a backbone: the host's own word for it, else the class of its encoder."""
     named = getattr(host, "backbone_name", None) or getattr(host.module, "backbone_name", None)
     try:

@@ -7,27 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cp_plugin.adapters.branch import Branch
 from cp_plugin.adapters.fitting import check_module
-from cp_plugin.adapters.observation import named_networks
+from cp_plugin.adapters.module import ModuleHost
 from cp_plugin.config import UserError
 from cp_plugin.host import Batch
 
-ENCODER_NAMES = (
-    *("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder"),
-    *("student_encoder", "encoder_q", "backbone_q", "query_backbone", "online", "student"),
-    *("model", "network", "net", "resnet", "vit"),
-)
 BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 
 
-class LightningHost:
+class LightningHost(ModuleHost):
     """A LightningModule behind the protocol of `cp_plugin.host.Host`."""
-
-    framework = "lightly"
 
     def __init__(
         self,
@@ -48,31 +39,9 @@ class LightningHost:
         Raises:
             UserError: `momentum_modules` names no network of the module.
         """
-        self.module: nn.Module = module
-        self.method = type(module).__name__
+        super().__init__(module, type(module).__name__, momentum_modules, precision)
         self._with_views = with_views
-        self._precision = precision
-        self.branch = Branch(module, momentum_modules)
         self._takes_index = _takes_index(module.training_step)
-
-    @property
-    def _momentum(self) -> dict[str, nn.Module]:
-        """The momentum branch by name, for hosts that know theirs and set it."""
-        return self.branch.found
-
-    @_momentum.setter
-    def _momentum(self, found: dict[str, nn.Module]) -> None:
-        self.branch.found = found
-
-    @property
-    def momentum_names(self) -> tuple[str, ...]:
-        """Names of the momentum branch's modules."""
-        return tuple(self.branch.found)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module is."""
-        return next(self.module.parameters()).device
 
     def check(self, views: int) -> None:
         """Check that the module's loss can be minimised over a perturbation.
@@ -116,42 +85,6 @@ class LightningHost:
             )
         return loss
 
-    def momentum_modules(self) -> Sequence[nn.Module]:
-        """Return the momentum branch as it is now; a step may have replaced its modules."""
-        return self.branch.modules()
-
-    def encoder(self) -> nn.Module:
-        """Return the module whose output is the representation.
-
-        Raises:
-            UserError: none of the usual names is there.
-        """
-        networks = named_networks(self.module)
-        for depth in range(3):
-            for wanted in ENCODER_NAMES:
-                for name, network in networks.items():
-                    path = name.split(".")
-                    if path[depth:] == [wanted] and not _is_container(network):
-                        return network
-        raise UserError(
-            f"{self.method} has no encoder under the usual names ({', '.join(ENCODER_NAMES)}); "
-            "pass encoder=… to KNNMonitor."
-        )
-
-    @torch.no_grad()
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Return features (B, D) of normalised images in eval mode."""
-        encoder = self.encoder()
-        modes = {child: child.training for child in encoder.modules()}
-        encoder.eval()
-        try:
-            with self._precision():
-                features: Tensor = encoder(images_BCHW)
-        finally:
-            for child, training in modes.items():
-                child.training = training
-        return features.flatten(1).float()
-
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         """Return the batch as the module gets it from its trainer, its own hooks included."""
         sample = self._with_views(batch.sample, views)
@@ -174,8 +107,3 @@ def _batch_index(module: Any) -> int:
     trainer = getattr(module, "_trainer", None)
     loop = getattr(trainer, "fit_loop", None)
     return max(0, int(getattr(loop, "batch_idx", 0)))
-
-
-def _is_container(network: nn.Module) -> bool:
-    """Tell a module without a forward of its own from one that can be called."""
-    return type(network).forward is nn.Module.forward

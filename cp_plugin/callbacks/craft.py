@@ -86,6 +86,7 @@ class CraftPoison(Callback):
             trainer.precision_plugin.train_step_context,
         )
         host.check(twin.views)
+        self._host = host
         seed = run_seed() if self.config.seed is None else self.config.seed
         self.crafting = Crafting(host, twin, opened, self.config, seed, self.folder, self._resumed)
         self.crafting.plan(len(loader), trainer.accumulate_grad_batches)
@@ -179,7 +180,8 @@ class CraftPoison(Callback):
             if not self._settled:
                 # Not before: hooks of the module may freeze or build networks as training starts.
                 self._settled = True
-                self.crafting.settle(made, batch)
+                self._host.settle(made, batch, self.crafting.labels_of(batch))
+                self.crafting.rebind()
             return made
 
         return views

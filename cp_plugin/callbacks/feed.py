@@ -97,7 +97,7 @@ class Feed:
 
         def transfer_batch_to_device(batch: Any, device: Any, dataloader_idx: int) -> Any:
             if isinstance(batch, Batch):
-                return _moved(batch, device)
+                return moved(batch, device)
             return move(batch, device, dataloader_idx)
 
         def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
@@ -116,11 +116,22 @@ class Feed:
         self._exchange.restore()
 
 
-def _moved(batch: Batch, device: Any) -> Batch:
+def moved(batch: Batch, device: Any) -> Batch:
+    """Return a batch on a device."""
+
     def move(value: Any) -> Any:
         return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
     return Batch(*(rebuilt(part, move) for part in batch))
+
+
+def opened_loader(loader: DataLoader[Any], opened: Opened) -> DataLoader[Any]:
+    """Return a copy of a loader that brings raw batches of its opened data set."""
+    own = copy.copy(loader)
+    object.__setattr__(own, "dataset", opened)
+    own.collate_fn = _Collate(opened, loader.collate_fn)
+    own._iterator = None
+    return own
 
 
 class _Collate:

@@ -23,12 +23,16 @@ class KNNMonitor(Callback):
     as the victim has it. Logged as `knn_clean_bank` and `knn_poisoned_bank`, in percent.
     """
 
-    def __init__(self, bank: Any = None, query: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, bank: Any = None, query: Any = None, encoder: str | None = None, **settings: Any
+    ) -> None:
         """Take the data sets and the settings.
 
         Args:
             bank: labelled data set; None: the training set.
             query: labelled data set; None: the validation set.
+            encoder: dotted name of the network whose output is the representation; None: the
+                first under the usual names (`backbone`, `encoder`, …).
             settings: those of `cp_plugin.config.MonitorConfig`, by name.
 
         Raises:
@@ -37,6 +41,7 @@ class KNNMonitor(Callback):
         super().__init__()
         self.config = build(MonitorConfig, settings, "monitor")
         self._datasets = (bank, query)
+        self._encoder_name = encoder
         self.results: list[dict[str, Any]] = []
         """One entry an evaluation: epoch, step, seconds and the two accuracies with k and T."""
 
@@ -67,6 +72,7 @@ class KNNMonitor(Callback):
         self._host = adapt(
             pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
         )
+        self._host.encoder_name = self._encoder_name or self._host.encoder_name
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate every n epochs."""
