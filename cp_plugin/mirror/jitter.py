@@ -2,12 +2,13 @@
 
 Brightness, contrast and saturation are affine in a pixel's channels: clamp(M x + k * mean(grey x)
 + b) with a 3x3 matrix M, one batched matrix product. The batch is sorted by how many of these come
-before hue, so that each step works on one slice and hue is computed once.
+before hue, so that images of one slice share the step at which hue comes.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,8 +88,7 @@ class ColorJitter(Operation):
             "applied": applied,
             "forth": forth,
             "back": forth.argsort(),
-            "bounds": [int((sorted_before > step).sum()) for step in range(len(affine))],
-            "end": len(sorted_before),
+            "ends": [int((sorted_before >= steps).sum()) for steps in range(len(affine) + 1)],
             "shift": _hue_shift(factors[forth, HUE], self.stage),
             "has_hue": HUE in active,
             "has_contrast": CONTRAST in active,
@@ -99,7 +99,7 @@ class ColorJitter(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Change the colours of the images chosen."""
-        if params["end"] == 0:
+        if params["ends"][0] == 0:
             return images
         out: Tensor = _Jitter.apply(images, like(params, images.dtype))
         return out
@@ -135,14 +135,18 @@ def _hue_shift(factor: Tensor, stage: Stage) -> Tensor:
 
 
 class _Jitter(torch.autograd.Function):
+    """All steps on a sorted batch; keeps the images alone and repeats the steps to go back."""
+
     @staticmethod
     def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
         ctx.save_for_backward(images)
         ctx.params = params
-        params["mean"] = torch.empty_like(params["mean_weight"])  # grey, before each step
+        ctx.means = []
         now = images.index_select(0, params["forth"])
-        for part in portions(images, params["end"]):
-            _forward(now[part], _portion(params, part), None)
+        for piece in _pieces(images, params):
+            means: list[Tensor] = []
+            now[piece.part] = _forward(now[piece.part], piece, means)
+            ctx.means.append(means)
         return now.index_select(0, params["back"])
 
     @staticmethod
@@ -150,81 +154,90 @@ class _Jitter(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         params = ctx.params
         grad = grads[0].index_select(0, params["forth"])
-        for part in portions(images, params["end"]):
-            drawn = _portion(params, part)
+        for piece, means in zip(_pieces(images, params), ctx.means, strict=True):
             tape: Tape = []
-            _forward(images.index_select(0, params["forth"][part]), drawn, tape)
-            _backward(grad[part], drawn, tape)
+            start = images.index_select(0, params["forth"][piece.part])
+            _forward(start, piece, list(means), tape)
+            grad[piece.part] = _backward(grad[piece.part], piece, tape)
         return grad.index_select(0, params["back"]), None
 
 
-def _portion(params: Params, part: slice) -> Params:
-    """Return the parameters of a part of the sorted batch."""
-    size = part.stop - part.start
-    return {
-        **params,
-        **{key: params[key][:, part] for key in ("matrix", "mean_weight", "mean", "bias")},
-        "shift": params["shift"][part],
-        "bounds": [min(max(bound - part.start, 0), size) for bound in params["bounds"]],
-        "end": size,
-    }
+class _Piece(NamedTuple):
+    """Images with the same number of affine steps before hue; tensors are (steps, n, ...)."""
+
+    part: slice
+    before_hue: int
+    """Steps before hue; -1: no hue."""
+    matrix: Tensor
+    mean_weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    grey: Tensor
+    has_contrast: bool
+    quantised: bool
 
 
-def _forward(now: Tensor, params: Params, tape: Tape | None) -> None:
-    """Change the colours of sorted images, in place. Records what `_backward` needs."""
-    end = params["end"]
-    for step, bound in enumerate(params["bounds"]):
-        _affine(now, params, step, slice(0, bound), tape)
-    if params["has_hue"]:
-        found = rotate_hue(now, params["shift"], params["quantised"])
+def _pieces(images: Tensor, params: Params) -> Iterator[_Piece]:
+    """Cut the sorted batch where the number of steps before hue changes, and into portions."""
+    start = 0
+    for steps, end in reversed(list(enumerate(params["ends"]))):
+        for inner in portions(images, end - start):
+            part = slice(start + inner.start, start + inner.stop)
+            yield _Piece(
+                part,
+                steps if params["has_hue"] else -1,
+                params["matrix"][:, part],
+                params["mean_weight"][:, part],
+                params["bias"][:, part],
+                params["shift"][part],
+                params["grey"],
+                params["has_contrast"],
+                params["quantised"],
+            )
+        start = end
+
+
+def _forward(now: Tensor, piece: _Piece, means: list[Tensor], tape: Tape | None = None) -> Tensor:
+    """Change the colours of a piece, which may be overwritten.
+
+    Appends to `means` the mean grey before each step; with a tape it takes them from there, and
+    records what `_backward` needs.
+    """
+    for step in range(len(piece.matrix) + 1):
+        if step == piece.before_hue:
+            if tape is not None and step:
+                now = now.clone()
+            found = rotate_hue(now, piece.shift, piece.quantised)
+            if tape is not None:
+                tape.append(found)
+        if step == len(piece.matrix):
+            break
+        pixels, offset = now.flatten(2), piece.bias[step]
+        if piece.has_contrast:
+            if tape is None:
+                means.append(torch.mv(pixels.mean(2), piece.grey))
+            offset = torch.addcmul(offset, piece.mean_weight[step], means[step])
+        out = torch.baddbmm(offset[:, None, None], piece.matrix[step], pixels).clamp_(0, 1)
+        now = out.view_as(now)
         if tape is not None:
-            tape.append(found)
-    for step, bound in enumerate(params["bounds"]):
-        _affine(now, params, step, slice(bound, end), tape)
+            tape.append(out)
+    return now
 
 
-def _backward(grad: Tensor, params: Params, tape: Tape) -> None:
-    """Turn the gradient of the result into that of the images, in place."""
-    end = params["end"]
-    for step in reversed(range(len(params["bounds"]))):
-        _affine_backward(grad, params, step, slice(params["bounds"][step], end), tape)
-    if params["has_hue"]:
-        found = tape.pop()
-        assert isinstance(found, Analysis)
-        rotate_hue_backward(grad, found, params["quantised"])
-    for step in reversed(range(len(params["bounds"]))):
-        _affine_backward(grad, params, step, slice(0, params["bounds"][step]), tape)
-
-
-def _affine(now: Tensor, params: Params, step: int, part: slice, tape: Tape | None) -> None:
-    """Carry out one affine step on a slice, in place."""
-    if part.start == part.stop:
-        return
-    pixels = now[part].flatten(2)
-    offset = params["bias"][step, part, None, None]
-    if params["has_contrast"]:
-        mean = params["mean"][step, part]
-        if tape is None:
-            torch.mv(pixels.mean(2), params["grey"], out=mean)
-        offset = offset + (params["mean_weight"][step, part] * mean)[:, None, None]
-    out = torch.baddbmm(offset, params["matrix"][step, part], pixels)
-    if tape is None:
-        torch.clamp(out, 0, 1, out=pixels)
-    else:
-        pixels.copy_(out.clamp_(0, 1))
-        tape.append(out)
-
-
-def _affine_backward(grad: Tensor, params: Params, step: int, part: slice, tape: Tape) -> None:
-    if part.start == part.stop:
-        return
-    out = tape.pop()
-    pixels = grad[part].flatten(2)
-    inner = torch.ops.aten.hardtanh_backward(pixels, out, 0.0, 1.0)
-    matrix = params["matrix"][step, part].mT
-    if params["has_contrast"]:
-        weight = params["mean_weight"][step, part] * (inner.sum((1, 2)) / inner.shape[2])
-        offset = weight[:, None, None] * params["grey"][:, None]
-        torch.baddbmm(offset, matrix, inner, out=pixels)
-    else:
-        torch.bmm(matrix, inner, out=pixels)
+def _backward(grad: Tensor, piece: _Piece, tape: Tape) -> Tensor:
+    """Return the gradient of a piece's images; `grad` may be overwritten."""
+    for step in reversed(range(len(piece.matrix) + 1)):
+        if step < len(piece.matrix):
+            inner = torch.ops.aten.hardtanh_backward(grad.flatten(2), tape.pop(), 0.0, 1.0)
+            matrix = piece.matrix[step].mT
+            if piece.has_contrast:
+                weight = piece.mean_weight[step] * inner.sum((1, 2)) / inner.shape[2]
+                pixels = torch.baddbmm(weight[:, None, None] * piece.grey[:, None], matrix, inner)
+            else:
+                pixels = torch.bmm(matrix, inner)
+            grad = pixels.view_as(grad)
+        if step == piece.before_hue:
+            found = tape.pop()
+            assert isinstance(found, Analysis)
+            rotate_hue_backward(grad, found, piece.quantised)
+    return grad

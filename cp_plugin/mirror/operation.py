@@ -150,7 +150,8 @@ def portions(images: Tensor, stop: int | None = None) -> list[slice]:
     budget = PORTION_ON_DEVICE
     if images.device.type == "cpu":
         budget = min(PORTION, max(images.numel() // 6, PORTION // 8))
-    step = max(1, budget // max(1, images[0].numel()))
+    most = max(1, budget // max(1, images[0].numel()))
+    step = -(-stop // -(-stop // most))  # portions of like size
     return [slice(start, min(start + step, stop)) for start in range(0, stop, step)]
 
 
