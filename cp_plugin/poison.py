@@ -1,7 +1,7 @@
 """The poison file: delta, what it was made for, and how it is added to images.
 
-A file is safetensors: tensor `delta` (K, C, H, W), for a sample poison tensor `keys` (K) too, and plain
-text metadata. Loading runs no code. Images are matched by key (a hash of their pixels) or by
+A file is safetensors: tensor `delta` (K, C, H, W), for a sample poison tensor `keys` (K) too, and
+plain text metadata. Loading runs no code. Images are matched by key (a hash of their pixels) or by
 class name, never by position, so any loader and any order will do.
 """
 

@@ -93,8 +93,8 @@ def import_poison(file: Path, out: Path, dataset: str, data: Path | None, eps: f
     """Convert a poison of the authors' code (github.com/kaiwenzha/contrastive-poisoning).
 
     Theirs is a tensor (K, C, H, W) in units of eps, alone or as `model.delta` of a checkpoint, its
-    rows in the order of the data set or of its classes; hence the data set is needed to give the rows
-    their keys.
+    rows in the order of the data set or of its classes; hence the data set is needed to give the
+    rows their keys.
 
     Args:
         file: the `.pth` file; it is read with `weights_only`, so it runs no code.
