@@ -156,17 +156,18 @@ def _messages_shown() -> Callable[[], None]:
     logger = logging.getLogger("cp_plugin")
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         return lambda: None
-    level, propagates = logger.level, logger.propagate
+    before = (logger.level, logger.propagate, logger.disabled)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("cp-plugin: %(message)s"))
     first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     logger.setLevel(logging.INFO if first_process else logging.WARNING)
     logger.addHandler(handler)
     logger.propagate = False  # solo-learn's `logging.warn` gives the root logger a handler
+    logger.disabled = False  # Hydra's logging of a job disables what was there before
 
     def undo() -> None:
         logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagates
+        logger.setLevel(before[0])
+        logger.propagate, logger.disabled = before[1:]
 
     return undo
