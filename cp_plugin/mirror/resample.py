@@ -68,16 +68,16 @@ def resize_weights(
         row = torch.where(flip[:, None], target - row, row)
     centre = row * scale + start[:, None]
     reach, spread = SUPPORT[filter_name], scale.clamp(min=1)
-    taps = min(source, int(2 * reach * max(1.0, source / target)) + 2)
-    first = (centre - reach * spread).floor_().clamp_(0, source - taps)
+    taps = min(source, int(2 * reach * max(1.0, source / target)) + 1)
+    first = (centre - reach * spread + 0.5).floor_().clamp_(0, source - taps)
     tap = torch.arange(taps, device=start.device, dtype=start.dtype)
-    position = first[:, :, None] + tap
-    inside = (position >= start[:, None, None]) & (position < (start + length)[:, None, None])
-    offset = (position + 0.5 - centre[:, :, None]).div_(spread[:, :, None])
-    weights = filter_values(filter_name, offset).mul_(inside)
-    weights.div_(weights.sum(2, keepdim=True))
+    position = first + tap[:, None, None]  # taps first: the long axis is the fast one
+    inside = (position >= start[:, None]).logical_and_(position < (start + length)[:, None])
+    offset = (position + 0.5).sub_(centre).div_(spread)
+    weights = filter_values(filter_name, offset).mul_(inside.to(offset.dtype))
+    weights.div_(weights.sum(0))
     dense = start.new_zeros(len(start), target, source)
-    return dense.scatter_(2, position.long(), weights)
+    return dense.scatter_(2, position.long().permute(1, 2, 0), weights.permute(1, 2, 0))
 
 
 class _Separable(torch.autograd.Function):

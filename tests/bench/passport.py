@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -28,6 +29,7 @@ def passport(packages: Sequence[str]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
         "command": "python "
         + " ".join(["-m tests.bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
     }
@@ -58,23 +60,27 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
     """Time functions in turns, so that whatever else the machine does meets all of them.
 
     Returns:
-        For each: `median`, `fastest`, `slowest` milliseconds and `n`.
+        For each: `median`, `fastest`, `slowest` milliseconds, `cpu` (median milliseconds of
+        processor time, all threads; on a busy machine the fairer one) and `n`.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    worked: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
             _wait()
-            start = time.perf_counter()
+            start, work = time.perf_counter(), time.process_time()
             run()
             _wait()
             taken[name].append(1e3 * (time.perf_counter() - start))
+            worked[name].append(1e3 * (time.process_time() - work))
     return {
         name: {
             "median": statistics.median(times),
             "fastest": min(times),
             "slowest": max(times),
+            "cpu": statistics.median(worked[name]),
             "n": repeats,
         }
         for name, times in taken.items()
