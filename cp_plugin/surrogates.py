@@ -37,8 +37,9 @@ def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -
     Args:
         name: a timm model, with or without the prefix `timm/`.
         image_size: side of the images in pixels.
-        stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is four
-            times cheaper and sees less detail.
+        stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is
+            almost four times cheaper. A stem of several convolutions has the stride in its second,
+            so that the first still sees every pixel.
         **kwargs: for `timm.create_model`, such as `channels=[16, 32, 64, 128]` for ResNets.
 
     Returns:
@@ -166,12 +167,14 @@ def _keep_resolution(model: nn.Module, architecture: str, stem_stride: int) -> N
     if not convs or patches or _fixed_input_size(architecture):
         _say_no_small_stem(architecture)
         return
-    for number, conv in enumerate(strided):
-        conv.stride = (stem_stride, stem_stride) if number == 0 else (1, 1)
+    for conv in strided:
+        conv.stride = (1, 1)
         if conv.kernel_size[0] > 3:
             _shrink_kernel(conv)
     for path in STEM_POOLS:
         _drop_pool(model, path)
+    stem = _stem(model, architecture)
+    stem[min(1, len(stem) - 1)].stride = (stem_stride, stem_stride)
 
 
 def _shrink_kernel(conv: nn.Conv2d) -> None:
@@ -193,6 +196,16 @@ def _drop_pool(model: nn.Module, path: str) -> None:
         return
     if isinstance(getattr(parent, attribute, None), nn.Module):
         setattr(parent, attribute, nn.Identity())
+
+
+def _stem(model: nn.Module, architecture: str) -> list[nn.Conv2d]:
+    """Return the convolutions of a stem, one after the other."""
+    config = get_pretrained_cfg(architecture)
+    name = config.first_conv if config else None
+    module = dict(model.named_modules()).get(name) if isinstance(name, str) else None
+    if module is None:
+        return _first_convs(model, architecture)
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d)]
 
 
 def _first_convs(model: nn.Module, architecture: str) -> list[nn.Conv2d]:

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from cp_plugin.data import Photos
 
+# One thread a process, here and in subprocesses: the tests themselves run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -139,3 +139,20 @@ def test_bad_input(name: str, size: int, kwargs: dict[str, Any], message: str) -
 def test_a_module_without_a_width() -> None:
     with pytest.raises(UserError, match="num_features, got Linear"):
         feature_width(nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize("stem_type", ["", "deep"])
+def test_a_stem_with_a_stride_of_two_halves_the_maps(stem_type):
+    narrow = {"layers": [1, 1, 1, 1], "stem_type": stem_type}
+    full = surrogate("timm/resnet18", 32, **narrow)
+    half = surrogate("timm/resnet18", 32, stem_stride=2, **narrow)
+    images = torch.zeros(1, 3, 32, 32)
+    assert full.conv1(images).shape[-1] == 32
+    assert half.conv1(images).shape[-1] == 16
+    if stem_type:  # every pixel is seen before the stride
+        assert [conv.stride[0] for conv in half.conv1 if hasattr(conv, "stride")] == [1, 2, 1]
+
+
+def test_other_strides_of_the_stem_are_refused():
+    with pytest.raises(UserError, match=r"stem_stride must be 1 or 2, got 4"):
+        surrogate("timm/resnet18", 32, stem_stride=4)
