@@ -20,6 +20,7 @@ LAYERS = {
     "release": 1,
     "branches": 1,
     "gather": 1,
+    "ranks": 1,
     "untouched": 1,
     "attributes": 1,
     "surrogates": 1,
@@ -92,7 +93,8 @@ def test_importing_loads_nothing_heavy(module):
 
 
 def test_public_names_are_there():
-    assert set(cp_plugin.__all__) == {"CraftPoison", "InjectPoison", "KNNMonitor", "Poison"}
+    callbacks = {"CraftPoison", "InjectPoison", "KNNMonitor"}
+    assert set(cp_plugin.__all__) == callbacks | {"Poison", "PoisonLoop", "poisoned"}
     for name in cp_plugin.__all__:
         assert getattr(cp_plugin, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

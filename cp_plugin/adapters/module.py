@@ -15,8 +15,10 @@ from cp_plugin.config import UserError
 from cp_plugin.host import Batch
 
 ENCODER_NAMES = (
-    ("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder")
-    + ("student_encoder", "query_backbone", "encoder_q", "backbone_q"),
+    (
+        *("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder"),
+        *("student_encoder", "query_backbone", "encoder_q", "backbone_q"),
+    ),
     ("online", "student", "model", "network", "net", "resnet", "vit"),
 )
 """What encoders are called: names that mean it first, wherever they stand, then names that may."""

@@ -12,7 +12,7 @@ from cp_plugin.callbacks.base import Callback, run_seed
 from cp_plugin.callbacks.feed import Exchange, Feed, training_loader
 from cp_plugin.config import InjectConfig, UserError, build
 from cp_plugin.data import Opened, Poisoned, SampleError, class_names
-from cp_plugin.data.chain import file_of
+from cp_plugin.data.chain import file_of, transforms_of
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
 
@@ -77,9 +77,8 @@ def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> Poisoned:
 def _check_images(dataset: Any, poison: Poison) -> None:
     if float(poison.info.get("fraction", 1)) < 1:
         return
-    opened = Opened(dataset, poison.image_size)
-    first = range(min(len(opened), CHECKED_FIRST))
-    rows = poison.rows(keys=[opened[image].key for image in first])
+    first = range(min(len(dataset), CHECKED_FIRST))
+    rows = poison.rows(keys=_keys(dataset, poison.image_size, first))
     missing = (rows < 0).nonzero().flatten().tolist()
     if missing:
         names = ", ".join(file_of(dataset, image) or f"row {image}" for image in missing[:3])
@@ -87,6 +86,23 @@ def _check_images(dataset: Any, poison: Poison) -> None:
             f"the poison has no row for {len(missing)} of the first {len(first)} images "
             f"({names}{', …' if len(missing) > 3 else ''}); use the data set it was made for."
         )
+
+
+def _keys(dataset: Any, image_size: int, rows: range) -> list[int]:
+    """Return the keys of the images in some rows, also of a data set without a transform."""
+    if transforms_of(dataset):
+        opened = Opened(dataset, image_size)
+        return [opened[row].key for row in rows]
+    keys: list[int] = []
+
+    def note(image_CHW: Tensor, key: int, label: int) -> Tensor:
+        keys.append(key)
+        return image_CHW
+
+    plain = Poisoned(dataset, note, image_size)
+    for row in rows:
+        plain[row]
+    return keys
 
 
 class InjectPoison(Callback):

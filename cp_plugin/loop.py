@@ -1,0 +1,320 @@
+"""Poisons for a plain PyTorch loop: craft one with the loop that is there, add one to a data set.
+
+The loop's own body computes the loss, in the noise phase too: `PoisonLoop` stands where the data
+loader stood and hands out batches, and while a batch belongs to the noise phase it holds the
+weights, opens the momentum branch and takes the gradient from `loss.backward()`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cp_plugin.adapters.fitting import check_module, check_pipeline
+from cp_plugin.adapters.module import ModuleHost
+from cp_plugin.adapters.observation import Ask, Asking, named_networks
+from cp_plugin.attack import Attack
+from cp_plugin.attack import poisoned as poisoned_images
+from cp_plugin.callbacks.base import run_seed
+from cp_plugin.callbacks.feed import endless, moved, opened_loader
+from cp_plugin.callbacks.inject import inject
+from cp_plugin.config import CraftConfig, UserError, build
+from cp_plugin.crafting import Crafting
+from cp_plugin.data import Opened, Poisoned
+from cp_plugin.host import Batch
+from cp_plugin.mirror import mirror
+from cp_plugin.poison import Poison
+from cp_plugin.release import check_release, untouched
+
+log = logging.getLogger("cp_plugin")
+
+MODEL = "model"
+"""What the first module of a loop is called, where there are several."""
+
+
+def poisoned(dataset: Any, poison: Poison | str | Path, fraction: float = 1.0) -> Poisoned:
+    """Return a data set whose images carry a poison before its own transform: a victim's data.
+
+    Args:
+        dataset: a map-style data set of images (PIL, array or tensor); it stays as it is.
+        poison: the poison or its file.
+        fraction: part of the poison's rows that is used, in (0, 1].
+
+    Raises:
+        UserError: the poison belongs to other images (the first missing ones are named) or classes,
+            or its file is missing or damaged.
+
+    Example:
+        >>> dataset = poisoned(LightlyDataset("images", transform=transform), "poison.safetensors")
+    """
+    return inject(dataset, poison if isinstance(poison, Poison) else Poison.load(poison), fraction)
+
+
+class PoisonLoop:
+    """Craft a contrastive poison inside a training loop written by hand.
+
+    It is iterated where the data loader was. Every batch is one of the loader's own, its views made
+    by the mirror of the data set's transform from poisoned images, on the device of the model. The
+    body of the loop is used as it stands, for both phases: `loss.backward()` trains the surrogate
+    in the model phase and moves the perturbation in the noise phase, in which the optimizer has no
+    gradients to step with, networks are in eval mode, and what the body changes in the modules is
+    undone. What must count in the model phase alone (a scheduler's step for each batch, sums of
+    losses, the steps of a GradScaler) asks `model_phase`.
+
+    Example (SimCLR; five lines differ from the loop without a poison):
+        >>> poison = PoisonLoop(dataloader, model, criterion, rounds=200)
+        >>> for epoch in range(400):
+        ...     for batch in poison:
+        ...         x0, x1 = batch[0]
+        ...         loss = criterion(model(x0), model(x1))
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> poison.save("poison.safetensors")
+
+    Source: He, Zha, Katabi, "Indiscriminate Poisoning Attacks on Unsupervised Contrastive
+    Learning", ICLR 2023.
+    """
+
+    def __init__(
+        self, dataloader: DataLoader[Any], model: nn.Module, *others: nn.Module, **settings: Any
+    ) -> None:
+        """Open the data set and draw the perturbation.
+
+        Args:
+            dataloader: of a map-style data set with the augmentation as its `transform`.
+            model: the networks; momentum networks too.
+            others: other modules that the body changes: a loss with a memory bank, a second
+                network.
+            settings: those of `cp_plugin.config.CraftConfig`, by name. A model step is one run of
+                the body.
+
+        Raises:
+            UserError: an unknown setting, a data set that streams or has no mirror, or a method
+                that compares no two views.
+        """
+        if not isinstance(dataloader, DataLoader):
+            raise UserError(
+                f"PoisonLoop expected a torch DataLoader first, got {type(dataloader).__name__}."
+            )
+        self._check_modules((model, *others))
+        config = build(CraftConfig, settings)
+        method = type(model).__name__
+        pipeline = Opened(dataloader.dataset, None).transform
+        check_pipeline(method, pipeline)
+        twin = mirror(pipeline)
+        module = _Together(model, others) if others else model
+        check_module(module, twin.views)
+        self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
+        self._opened = Opened(dataloader.dataset, config.image_size or twin.crop_size)
+        self._loader = opened_loader(dataloader, self._opened)
+        self._batches = endless(self._loader)
+        seed = run_seed() if config.seed is None else config.seed
+        folder = Path(config.dir or ".")
+        self._crafting = _LoopCrafting(self._host, twin, self._opened, config, seed, folder)
+        self._crafting.plan(len(dataloader))
+        self._crafting.announce(dataloader.batch_size or 0)
+        self._folder = folder
+        self._settled = False
+        self._model_batches = 0
+        self.model_phase = True
+        """Whether the body trains the surrogate just now, rather than the perturbation."""
+        self.losses: list[float] = []
+        """Mean loss of each noise phase so far."""
+
+    def __len__(self) -> int:
+        """Return how many batches of the model phase an epoch has."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield an epoch's batches, those of the noise phases between them.
+
+        Nothing comes any more once all rounds are done.
+
+        Raises:
+            UserError: the body calls no `backward`, or its loss does not fit (see `CraftPoison`).
+        """
+        schedule = self._crafting.schedule
+        for raw in self._loader:
+            if schedule.finished:
+                return
+            batch = self._moved(raw)
+            views = self._crafting.attack.views(batch, self._model_batches)
+            yield self._opened.with_views(batch.sample, views)
+            self._model_batches += 1
+            if schedule.model_step():
+                yield from self._noise_phase(batch, views)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self._crafting.schedule.finished
+
+    def poison(self) -> Poison:
+        """Return the poison as it stands."""
+        self._crafting.complete_keys()
+        return self._crafting.poison()
+
+    def save(self, path: str | Path = "poison.safetensors") -> Path:
+        """Write the poison file; a relative path starts at the setting `dir`.
+
+        Raises:
+            UserError: the file exists.
+        """
+        return self.poison().save(self._folder / path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on later, beside the states of model and optimizer."""
+        return {
+            "steps_done": self._crafting.schedule.steps_done,
+            "model_batches": self._model_batches,
+            "tensors": {name: t.clone() for name, t in self._crafting.tensors().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; call before the first epoch.
+
+        Raises:
+            UserError: it is the state of another data set or of other settings.
+        """
+        mine, theirs = self._crafting.tensors(), state["tensors"]
+        if mine.keys() != theirs.keys() or mine["delta"].shape != theirs["delta"].shape:
+            raise UserError(
+                f"the state holds delta of shape {tuple(theirs['delta'].shape)}, this loop needs "
+                f"{tuple(mine['delta'].shape)}; use the same data set and settings."
+            )
+        mine["delta"].copy_(theirs["delta"])
+        if "keys" in theirs:
+            self._crafting.attack.rows.restore(theirs["keys"].clone())
+        self._crafting.schedule.steps_done = int(state["steps_done"])
+        self._model_batches = int(state["model_batches"])
+
+    def _noise_phase(self, batch: Batch, views: list[Tensor]) -> Iterator[Any]:
+        self.model_phase = False
+        try:
+            if not self._settled:
+                labels = self._crafting.labels_of(batch)
+                settling = self._host.branch.settling(self._host.method, views, batch, labels)
+                yield from self._answered(settling)
+                self._settled = True
+            self._crafting.rebind()
+            schedule = self._crafting.schedule
+            raw = (next(self._batches) for _ in range(schedule.noise_steps))
+            losses: list[Tensor] = []
+            attack = self._crafting.attack
+            asking = attack.asking(map(self._moved, raw), schedule.steps_done, losses)
+            yield from self._answered(asking)
+            self.losses.append(float(torch.stack(losses).mean()))
+            log.info("noise phase %d: loss %.5f", len(self.losses), self.losses[-1])
+        finally:
+            self.model_phase = True
+
+    def _answered(self, asking: Asking) -> Iterator[Any]:
+        """Let the body of the loop compute the losses that are asked for."""
+        with closing(asking):  # type: ignore[type-var]
+            for ask in asking:
+                with _looking(ask) as looked, self._host.branch.readers_detached():
+                    yield self._opened.with_views(ask.batch.sample, ask.views)
+                if not looked:
+                    raise UserError(
+                        "PoisonLoop expected the body of the loop to call loss.backward() for "
+                        "every batch, but it came back without; call it once a batch."
+                    )
+
+    def _moved(self, batch: Batch) -> Batch:
+        return moved(batch, self._host.device)
+
+    def _check_modules(self, modules: Sequence[Any]) -> None:
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise UserError(
+                    f"PoisonLoop expected modules after the loader, got {type(module).__name__}; "
+                    "pass the model, and losses that keep a memory bank."
+                )
+
+
+class _Asking(Attack):
+    """The attack, for a loss that is computed by somebody else."""
+
+    def asking(self, batches: Iterator[Batch], step: int, losses: list[Tensor]) -> Asking:
+        """Optimise delta on each batch, as `noise_phase` does; fills in the losses."""
+        with untouched(self.host.module) as found:
+            self.host.module.eval()
+            for number, batch in enumerate(batches):
+                yield from self._asking_batch(batch, (step, number), found.restore, losses)
+
+    def _asking_batch(
+        self,
+        batch: Batch,
+        at: tuple[int, int],
+        restore: Callable[[], None],
+        losses: list[Tensor],
+    ) -> Asking:
+        rows_U, inverse_B = self.rows.of_batch(batch).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        for pgd_step in range(self.config.pgd_steps):
+            delta = self.perturbation.gather(rows_U).requires_grad_()
+            gradient = torch.zeros_like(delta)
+            images = poisoned_images(batch.images, delta[inverse_B])
+            views = self._mirrored(images, "noise", *at, pgd_step)
+
+            def look(loss: Tensor, delta: Tensor = delta, gradient: Tensor = gradient) -> None:
+                if not self._checked:
+                    check_release(self._release, loss, delta)
+                    self._checked = True
+                # The body may call backward for each of several losses.
+                gradient.add_(torch.autograd.grad(loss, delta, retain_graph=True)[0])
+                with torch._C.DisableTorchFunction():  # while released, detach may do nothing
+                    losses.append(loss.detach().float())
+
+            with self._release:
+                yield Ask(views, batch, look)
+            restore()
+            self.perturbation.descend(rows_U, gradient, self.config.step_size * self.config.eps)
+
+
+class _LoopCrafting(Crafting):
+    attack_class = _Asking
+    attack: _Asking
+
+
+class _Together(nn.Module):
+    """The modules of a loop as one."""
+
+    def __init__(self, model: nn.Module, others: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.add_module(MODEL, model)
+        for number, other in enumerate(others):
+            self.add_module(f"other{number}", other)
+
+
+def _full_names(module: nn.Module, names: str | Sequence[str]) -> str | Sequence[str]:
+    """Return names as they are in the whole; those of the model's own networks need no prefix."""
+    if names == "auto":
+        return names
+    known = named_networks(module)
+    wanted = [names] if isinstance(names, str) else names
+    return [f"{MODEL}.{name}" if f"{MODEL}.{name}" in known else name for name in wanted]
+
+
+@contextmanager
+def _looking(ask: Ask) -> Iterator[list[bool]]:
+    """Show every loss whose `backward` is called to `ask`, in place of the backward pass."""
+    looked: list[bool] = []
+    own = Tensor.backward
+
+    def backward(loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+        looked.append(True)
+        ask.look(loss if gradient is None else (loss * gradient).sum())
+
+    Tensor.backward = backward  # type: ignore[method-assign,assignment]
+    try:
+        yield looked
+    finally:
+        Tensor.backward = own  # type: ignore[method-assign]
