@@ -19,6 +19,7 @@ from cp_plugin.config import CraftConfig
 from cp_plugin.host import Batch, Host
 from cp_plugin.mirror import Mirror
 from cp_plugin.perturbation import Perturbation
+from cp_plugin.ranks import gathered, share, summed
 from cp_plugin.release import check_release, release, untouched
 
 
@@ -81,10 +82,14 @@ class Rows:
         self._first = {key: row for row, key in enumerate(keys.tolist()) if key}
 
     def of_batch(self, batch: Batch) -> Tensor:
-        """Return the row of each image, int64 (B), on the batch's device."""
-        rows = self.of_image[batch.rows.cpu()]
+        """Return the rows of the batch's images, int64 (P * B), on the batch's device.
+
+        With P processes they are those of all of them, interleaved as `Share.positions` says, so
+        that every process keeps the same rows and keys.
+        """
+        rows = self.of_image[gathered(batch.rows)]
         if self.keys is not None:
-            pairs = zip(batch.keys.tolist(), rows.tolist(), strict=True)
+            pairs = zip(gathered(batch.keys).tolist(), rows.tolist(), strict=True)
             rows = torch.tensor([row if row < 0 else self.claim(key, row) for key, row in pairs])
         return rows.to(batch.images.device)
 
@@ -138,7 +143,8 @@ class Attack:
             step: batches of the model phase so far; fixes the augmentations that are drawn.
         """
         with torch.no_grad():
-            delta = self.perturbation.gather(self.rows.of_batch(batch))
+            own = share().positions(len(batch.images))
+            delta = self.perturbation.gather(self.rows.of_batch(batch)[own])
             return self._mirrored(poisoned(batch.images, delta), "model", step)
 
     def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
@@ -159,6 +165,7 @@ class Attack:
         self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
     ) -> Tensor:
         rows_U, inverse_B = torch.unique(self.rows.of_batch(batch), return_inverse=True)
+        inverse_B = inverse_B[share().positions(len(batch.images))]
         losses = []
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U).requires_grad_()
@@ -171,14 +178,23 @@ class Attack:
                 self._checked = True
             (gradient,) = torch.autograd.grad(loss, delta)
             restore()
+            gradient = summed(gradient)
             self.perturbation.descend(rows_U, gradient, self.config.step_size * self.config.eps)
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
 
     def _mirrored(self, images: Tensor, *draw: int | str) -> list[Tensor]:
         self._generator.manual_seed(_seed(self.seed, *draw))
-        views: list[Tensor] = self.mirror(images, generator=self._generator)
-        return views
+        own = share()
+        if own.processes == 1:
+            views: list[Tensor] = self.mirror(images, generator=self._generator)
+            return views
+        # Parameters are drawn for the images of all processes at once: an image gets the same ones
+        # however many there are. Blank images stand for those of the others.
+        places = own.positions(len(images))
+        whole = images.new_zeros(len(images) * own.processes, *images.shape[1:])
+        whole[places] = images
+        return [view[places] for view in self.mirror(whole, generator=self._generator)]
 
 
 def _seed(*parts: int | str) -> int:

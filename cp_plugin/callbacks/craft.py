@@ -90,7 +90,7 @@ class CraftPoison(Callback):
         seed = run_seed() if self.config.seed is None else self.config.seed
         self.crafting = Crafting(host, twin, opened, self.config, seed, self.folder, self._resumed)
         self.crafting.plan(len(loader), trainer.accumulate_grad_batches)
-        self.crafting.announce(loader.batch_size or 0)
+        self.crafting.announce((loader.batch_size or 0) * trainer.world_size)
         self._settled = False
         self._steps_seen = trainer.global_step
         self._feed = Feed(trainer, pl_module, opened, self._views_of(trainer))
