@@ -1,4 +1,4 @@
-"""The command line: `cp-plugin demo | pretrain | evaluate | export | inspect | import`."""
+"""The command line: `cp-plugin demo | pretrain | evaluate | export | inspect | import | doctor`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,19 @@ def import_(
         raise UserError(f"--eps must be a number such as 8/255, got {eps!r}.") from None
     poison = import_poison(file, out, dataset, data, budget)
     print(f"{len(poison.perturbation)} rows, one a {poison.granularity}, in {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, hosts, patches, faiss and device; what is missing and how to get it."""
+    from cp_plugin.doctor import check, examine
+
+    findings = examine()
+    table = Table("", "found", "what to do")
+    for finding in findings:
+        table.add_row(*finding)
+    Console().print(table)
+    check(findings)
 
 
 def main() -> None:
