@@ -35,10 +35,11 @@ def mirror(results: list[Result]) -> str:
     lines += [
         "",
         "One view, forward and backward (Pillow: forward only, one process), images a second, "
-        "median; peak memory of two views in batches:",
+        "median of runs in turns; how many times kornia's, by the clock and by processor time; "
+        "peak memory of two views in batches:",
         "",
-        "| machine | pipeline | batch | mirror | kornia | times | Pillow | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| machine | pipeline | batch | mirror | kornia | times | processor | Pillow | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in {result["passport"]["hardware"]: result for result in results}.values():
         for row in result["speed"]:
@@ -50,6 +51,7 @@ def mirror(results: list[Result]) -> str:
                 f"{rate['mirror']:,.0f}",
                 f"{rate['kornia']:,.0f}",
                 f"{row['times_kornia']:.1f}",
+                f"{row['times_kornia_cpu']:.1f}",
                 f"{rate['pillow, forward only']:,.0f}",
                 f"{row['peak_memory_in_batches_two_views']:.1f}",
             )
