@@ -37,9 +37,8 @@ def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -
     Args:
         name: a timm model, with or without the prefix `timm/`.
         image_size: side of the images in pixels.
-        stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is
-            almost four times cheaper. A stem of several convolutions has the stride in its second,
-            so that the first still sees every pixel.
+        stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is four
+            times cheaper and sees less detail.
         **kwargs: for `timm.create_model`, such as `channels=[16, 32, 64, 128]` for ResNets.
 
     Returns:
@@ -173,8 +172,7 @@ def _keep_resolution(model: nn.Module, architecture: str, stem_stride: int) -> N
             _shrink_kernel(conv)
     for path in STEM_POOLS:
         _drop_pool(model, path)
-    stem = _stem(model, architecture)
-    stem[min(1, len(stem) - 1)].stride = (stem_stride, stem_stride)
+    convs[0].stride = (stem_stride, stem_stride)
 
 
 def _shrink_kernel(conv: nn.Conv2d) -> None:
@@ -196,16 +194,6 @@ def _drop_pool(model: nn.Module, path: str) -> None:
         return
     if isinstance(getattr(parent, attribute, None), nn.Module):
         setattr(parent, attribute, nn.Identity())
-
-
-def _stem(model: nn.Module, architecture: str) -> list[nn.Conv2d]:
-    """Return the convolutions of a stem, one after the other."""
-    config = get_pretrained_cfg(architecture)
-    name = config.first_conv if config else None
-    module = dict(model.named_modules()).get(name) if isinstance(name, str) else None
-    if module is None:
-        return _first_convs(model, architecture)
-    return [part for part in module.modules() if isinstance(part, nn.Conv2d)]
 
 
 def _first_convs(model: nn.Module, architecture: str) -> list[nn.Conv2d]:

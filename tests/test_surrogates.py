@@ -149,8 +149,6 @@ def test_a_stem_with_a_stride_of_two_halves_the_maps(stem_type):
     images = torch.zeros(1, 3, 32, 32)
     assert full.conv1(images).shape[-1] == 32
     assert half.conv1(images).shape[-1] == 16
-    if stem_type:  # every pixel is seen before the stride
-        assert [conv.stride[0] for conv in half.conv1 if hasattr(conv, "stride")] == [1, 2, 1]
 
 
 def test_other_strides_of_the_stem_are_refused():
