@@ -68,8 +68,8 @@ class RandomResizedCrop(Operation):
                 ),
             )
 
-        overshoots = self.filter_name in OVERSHOOTING
-        return separable(images, build, clamp=self.stage.rounds and overshoots)
+        clamp = self.stage.rounds and self.filter_name in OVERSHOOTING
+        return separable(images, build, clamp, torch.stack(list(boxes.values()), 1))
 
 
 def draw_boxes(

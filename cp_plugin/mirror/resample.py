@@ -87,36 +87,54 @@ class _Separable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
+    def forward(
+        ctx: Any, images: Tensor, build: Build, clamp: bool, boxes: Tensor | None
+    ) -> Tensor:
         rows, columns = build()
         out = images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1])
         for part in portions(images):
-            wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
-            torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
-        ctx.build = build
+            y, x = _region(boxes, part, images)
+            wide = _horizontal(images[part, :, y, x], columns[_of(columns, part), :, x], clamp)
+            torch.matmul(rows[_of(rows, part), None, :, y], wide, out=out[part])
+        ctx.build, ctx.boxes = build, boxes
         if clamp:
             out.clamp_(0, 1)
             ctx.save_for_backward(images, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         rows, columns = ctx.build()
-        b, c = grads[0].shape[:2]
-        height, width = rows.shape[2], columns.shape[2]
-        result = grads[0].new_empty(b, c, height, width)
+        saved = ctx.saved_tensors
+        result = grads[0].new_zeros(*grads[0].shape[:2], rows.shape[2], columns.shape[2])
         for part in portions(result):
-            grad, horizontal = grads[0][part], columns[_of(columns, part)]
-            if ctx.saved_tensors:
-                images, out = ctx.saved_tensors
-                grad = _hardtanh_backward(grad, out[part], 0.0, 1.0)
-            grad = torch.matmul(rows[_of(rows, part), None].mT, grad)
-            if ctx.saved_tensors:
-                wide = _horizontal(images[part], horizontal, True)
+            y, x = _region(ctx.boxes, part, result)
+            horizontal = columns[_of(columns, part), :, x]
+            grad = grads[0][part]
+            if saved:
+                grad = _hardtanh_backward(grad, saved[1][part], 0.0, 1.0)
+            grad = torch.matmul(rows[_of(rows, part), None, :, y].mT, grad)
+            if saved:
+                wide = _horizontal(saved[0][part, :, y, x], horizontal, True)
                 grad = _hardtanh_backward(grad, wide, 0.0, 1.0)
-            flat = result[part].view(len(grad), c * height, width)
-            torch.matmul(grad.view(len(grad), c * height, -1), horizontal, out=flat)
-        return result, None, None
+            n, c, height, _ = grad.shape
+            flat = torch.matmul(grad.view(n, c * height, -1), horizontal)
+            result[part, :, y, x] = flat.view(n, c, height, -1)
+        return result, None, None, None
+
+
+FEW = 4
+"""Images of which the smallest rectangle around all crops is worth finding."""
+
+
+def _region(boxes: Tensor | None, part: slice, images: Tensor) -> tuple[slice, slice]:
+    """Return the rows and columns that hold all crops of a part; all of them on a GPU."""
+    everything = slice(None)
+    if boxes is None or boxes.device.type != "cpu" or part.stop - part.start > FEW:
+        return everything, everything
+    top, left = boxes[part, :2].amin(0).tolist()
+    bottom, right = (boxes[part, :2] + boxes[part, 2:]).amax(0).tolist()
+    return slice(int(top), int(bottom)), slice(int(left), int(right))
 
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward
@@ -135,16 +153,19 @@ def _of(matrices: Tensor, part: slice) -> slice:
     return part if len(matrices) > 1 else slice(None)
 
 
-def separable(images: Tensor, build: Build, clamp: bool = False) -> Tensor:
+def separable(
+    images: Tensor, build: Build, clamp: bool = False, boxes: Tensor | None = None
+) -> Tensor:
     """Multiply every image with a matrix along each axis, columns (the horizontal pass) first.
 
     Args:
         images: (B, C, H, W).
         build: makes the matrices, always the same: rows (B or 1, h, H), columns (B or 1, w, W).
         clamp: to [0, 1] after each of the two products, as 8-bit images are.
+        boxes: (B, 4) top, left, height, width outside which all weights are zero, or None.
 
     Returns:
         (B, C, h, w), contiguous.
     """
-    out: Tensor = _Separable.apply(images, build, clamp)
+    out: Tensor = _Separable.apply(images, build, clamp, boxes)
     return out
