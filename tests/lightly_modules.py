@@ -661,10 +661,9 @@ def odd_names(root: Any) -> Any:
             self.net[1].register_forward_hook(lambda _, __, out: self.features.append(out))
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.features.clear()
             x0, x1 = batch[0]
             z0, z1 = self.net(x0), self.copy_of_net(x1).detach()
-            (y0,) = self.features
+            y0 = self.features.pop()
             with torch.no_grad():
                 for a, b in zip(self.copy_of_net.parameters(), self.net.parameters(), strict=True):
                     a.mul_(0.99).add_(b, alpha=0.01)

@@ -22,6 +22,7 @@ MASKED = {
     "MAEDecoder": "MAE",
     "MAEDecoderTIMM": "MAE",
     "MAEBackbone": "MAE",
+    "MaskedVisionTransformerDecoder": "MAE",
     "PixioDecoderTIMM": "Pixio",
     "IJEPAPredictor": "I-JEPA",
     "IJEPAPredictorTIMM": "I-JEPA",
