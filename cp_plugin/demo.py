@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from cp_plugin.poison import Poison
 from cp_plugin.pretrain import run
 from cp_plugin.provenance import command, hardware, versions
 
-VICTIM_EPOCHS = 22
-CRAFT = {
-    "cp_class": ["+poison=cp_class", "max_epochs=1000", "poison.rounds=40"],
-    "cp_sample": ["+poison=cp", "max_epochs=1000", "poison.rounds=6", "poison.pgd_steps=1"],
-}
+EPOCHS = 10
+"""Of each victim and of the clean model."""
+SURROGATES = 5
+"""CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
+poison made on a single old surrogate did less to victims that train so briefly."""
+CP_CLASS = ("+poison=cp_class", "poison.rounds=7", "max_epochs=1000")
+MONITOR = ("+monitor=knn", "monitor.every_n_epochs=1000")
+CP_SAMPLE = ("+poison=cp", "poison.rounds=6", "poison.pgd_steps=1", "max_epochs=1000")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Stage:
     name: str
     title: str
     overrides: tuple[str, ...]
+    crafts: str | None = None
+    """The poison that the run makes or goes on making."""
 
 
 def demo(out: Path, seed: int) -> dict[str, Any]:
@@ -55,12 +61,16 @@ def demo(out: Path, seed: int) -> dict[str, Any]:
         raise UserError(f"{out} is not empty; choose another folder with --out.")
     console, started = Console(stderr=True), time.perf_counter()
     runs: dict[str, dict[str, Any]] = {}
-    stages = _stages(out)
+    stages = _stages(out, seed)
+    poison: Path | None = None
     for number, stage in enumerate(stages, start=1):
         console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
-        runs[stage.name] = run(compose("simclr", [*_common(out, seed), *stage.overrides]))
-        if stage.name.endswith("-craft"):
-            _publish(Path(runs[stage.name]["folder"]), out, stage.name.removesuffix("-craft"))
+        start = [f"poison.init={poison}"] if stage.crafts and poison else []
+        overrides = [*_common(out, seed), *stage.overrides, *start]
+        runs[stage.name] = run(compose("simclr", overrides))
+        if stage.crafts:
+            poison = Path(runs[stage.name]["folder"]) / POISON_FILE
+            _publish(poison, out, stage.crafts)
     rows = [_row(name, runs, seed) for name in ("none", "random", "cp_class", "cp_sample")]
     result = {
         "rows": rows,
@@ -79,39 +89,46 @@ def _common(out: Path, seed: int) -> list[str]:
     return [
         f"seed={seed}",
         f"checkpoint.dir={out / 'runs'}",
-        f"max_epochs={VICTIM_EPOCHS}",
-        "data.num_workers=0",
+        f"max_epochs={EPOCHS}",
+        "optimizer.lr=1.0",
         "+backbone.kwargs.stem_stride=2",
-        "+monitor=knn",
-        "monitor.every_n_epochs=1000",
+        "data.num_workers=0",
     ]
 
 
-def _stages(out: Path) -> list[Stage]:
-    poison = {name: out / f"{name}.safetensors" for name in CRAFT}
-    start = f"poison.init={poison['cp_class']}"
+def _stages(out: Path, seed: int) -> list[Stage]:
     return [
-        Stage("none", "a model on clean images", ("+poison=none",)),
-        Stage("random", "a victim of random noise", ("+poison=random",)),
-        Stage("cp_class-craft", "crafting CP-C, one delta a class", tuple(CRAFT["cp_class"])),
-        _victim("cp_class", "a victim of CP-C", poison["cp_class"]),
-        Stage(
-            "cp_sample-craft",
-            "crafting CP-S, one delta an image, from CP-C",
-            (*CRAFT["cp_sample"], start),
+        Stage("none", "a model on clean images", ("+poison=none", *MONITOR)),
+        Stage("random", "a victim of random noise", ("+poison=random", *MONITOR)),
+        *(
+            Stage(
+                f"cp_class-{number}",
+                f"crafting CP-C, one delta a class, surrogate {number} of {SURROGATES}",
+                (*CP_CLASS, f"seed={1000 * (seed + 1) + number}"),
+                crafts="cp_class",
+            )
+            for number in range(1, SURROGATES + 1)
         ),
-        _victim("cp_sample", "a victim of CP-S", poison["cp_sample"]),
+        _victim("cp_class", "a victim of CP-C", out),
+        Stage(
+            "cp_sample-1",
+            "crafting CP-S, one delta an image, from CP-C",
+            (*CP_SAMPLE, f"seed={1000 * (seed + 1)}"),
+            crafts="cp_sample",
+        ),
+        _victim("cp_sample", "a victim of CP-S", out),
     ]
 
 
-def _victim(name: str, title: str, poison: Path) -> Stage:
-    return Stage(name, title, ("+poison=inject", f"poison.path={poison}"))
+def _victim(name: str, title: str, out: Path) -> Stage:
+    poison = out / f"{name}.safetensors"
+    return Stage(name, title, ("+poison=inject", f"poison.path={poison}", *MONITOR))
 
 
-def _publish(folder: Path, out: Path, name: str) -> None:
+def _publish(file: Path, out: Path, name: str) -> None:
     """Copy a crafted poison out of its run's folder, with a picture of what it does."""
-    poison = Poison.load(folder / POISON_FILE)
-    poison.save(out / f"{name}.safetensors")
+    poison = Poison.load(file)
+    shutil.copyfile(file, out / f"{name}.safetensors")
     photos = Photos(train=True)
     opened, names = Opened(photos, poison.image_size), class_names(photos) or ()
     each = len(photos) // len(names)
@@ -123,7 +140,7 @@ def _publish(folder: Path, out: Path, name: str) -> None:
 
 def _row(name: str, runs: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
     victim = runs[name]
-    craft = runs.get(f"{name}-craft", {})
+    crafts = _crafts(name, runs)
     control = None
     if name != "none":
         poison = poison_of(Path(victim["folder"]))
@@ -143,11 +160,18 @@ def _row(name: str, runs: dict[str, dict[str, Any]], seed: int) -> dict[str, Any
         "distance": "cosine",
         "victim_steps": victim["steps"],
         "victim_epochs": victim["epochs"],
-        "surrogate_steps": craft.get("steps"),
-        "surrogate_loss": craft.get("train_loss"),
+        "surrogates": len(crafts) or None,
+        "surrogate_steps": sum(craft["steps"] for craft in crafts) or None,
+        "surrogate_loss": crafts[-1]["train_loss"] if crafts else None,
         "victim_loss": victim["train_loss"],
-        "seconds": round(victim["seconds"] + craft.get("seconds", 0), 1),
+        "seconds": round(sum(each["seconds"] for each in (victim, *crafts)), 1),
     }
+
+
+def _crafts(name: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that shaped a poison; CP-S goes on from CP-C."""
+    shaped_by = {"cp_class": ("cp_class-",), "cp_sample": ("cp_class-", "cp_sample-")}
+    return [made for stage, made in runs.items() if stage.startswith(shaped_by.get(name, ("?",)))]
 
 
 def _show(console: Console, rows: list[dict[str, Any]], out: Path) -> None:

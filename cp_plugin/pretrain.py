@@ -48,7 +48,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: anything in the configuration, the data or the poison that the user can mend.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it sets INFO when imported
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # they set INFO when imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     selection = _selection(cfg)
     settings = complete(_without_gpu(cfg))
     folder, checkpoint, finished = _folder(settings, selection)

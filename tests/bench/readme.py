@@ -59,6 +59,28 @@ def mirror(results: list[Result]) -> str:
     return "\n".join([*lines, "", _source(newest)])
 
 
+def demo(results: list[Result]) -> str:
+    """Every row of the newest demo, seed by seed."""
+    newest = results[-1]
+    lines = [
+        "| seed | poison | clean bank | poisoned bank | control | victim's steps | "
+        "surrogates' steps | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in newest["rows"]:
+        keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
+        accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
+        steps = [row["victim_steps"], row["surrogate_steps"] or "-"]
+        cells = (row["seed"], row["poison"], *accuracies, *steps, f"{row['seconds']:.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    first = newest["rows"][0]
+    setting = (
+        f"SimCLR on {newest['data']}; k = {first['k']}, T = {first['temperature']}, "
+        f"{first['victim_epochs']} epochs, eps 8/255."
+    )
+    return "\n".join([*lines, "", setting, _source(newest)])
+
+
 def _errors(row: dict[str, float]) -> str:
     return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
 
@@ -72,7 +94,7 @@ def _source(result: Result) -> str:
     )
 
 
-THEMES: dict[str, Callable[[list[Result]], str]] = {"mirror": mirror}
+THEMES: dict[str, Callable[[list[Result]], str]] = {"demo": demo, "mirror": mirror}
 
 
 def results_of(theme: str) -> list[Result]:
