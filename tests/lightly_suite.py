@@ -47,8 +47,8 @@ class Held(TorchFunctionMode):
     """Records what stop-gradients outside the momentum branch let through, and puts it in again.
 
     While recording, a result that needs no gradient though it came by `detach` or in no-grad mode
-    is a stop-gradient; a released one needs its gradient. On replay the recorded values stand in, so
-    that finite differences see constants where autograd does.
+    is a stop-gradient; a released one needs its gradient. On replay the recorded values stand in,
+    so that finite differences see constants where autograd does.
     """
 
     def __init__(self) -> None:
