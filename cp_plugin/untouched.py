@@ -121,7 +121,7 @@ class _Tensors:
         """Give an owner its memory back; return whether there are signs of a change."""
         owner, alias = self._owners[index], self._aliases[index]
         changed = owner._version != self._versions[index] or not owner.is_cpu
-        if owner.grad_fn is not None:
+        if owner.grad_fn is not None and not owner._is_view():  # torch detaches no view in place
             owner.detach_()
         if _memory_of(owner) != _memory_of(alias):
             owner.data = alias

@@ -280,3 +280,13 @@ def test_training_is_the_same_with_noise_steps_in_between(tmp_path: Any) -> None
 
 def noise_step_of_steady(host: Busy, images: Tensor) -> Tensor:
     return noise_step(host, images)
+
+
+def test_a_module_that_keeps_a_view_with_a_graph_is_put_back() -> None:
+    module = nn.Linear(2, 2)
+    module.kept = module(torch.ones(3, 2)).view(-1)
+    before = module.kept.detach().clone()
+    with untouched(module) as found:
+        module.kept = module.kept * 2
+        found.restore()
+    assert torch.equal(module.kept, before)
