@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ def pretrain(cfg: DictConfig) -> Any:
     # Heavy: only a job that runs needs torch, not `--help` or a faulty configuration.
     from cp_plugin.pretrain import run
 
+    # `hydra/job_logging: disabled`, the choice of solo-learn, silences every logger.
+    for name in logging.root.manager.loggerDict:
+        if name.partition(".")[0] == "cp_plugin":
+            logging.getLogger(name).disabled = False
     with own_application():
         return run(cfg)
 
