@@ -40,7 +40,7 @@ def test_a_killed_craft_goes_on_where_it_was(tmp_path):
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert list(tmp_path.rglob("last.ckpt"))
     assert not list(tmp_path.rglob("poison.safetensors"))
 
