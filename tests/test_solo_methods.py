@@ -18,6 +18,8 @@ from cp_plugin.adapters.solo_backbones import add_timm_backbone
 from cp_plugin.config import UserError
 from cp_plugin.host import Batch
 from cp_plugin.release import check_release, release, untouched
+from tests.bench.readme import README, solo_methods
+from tests.solo_served import HEADS, MOMENTUM, SERVED
 
 pytestmark = [  # of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
@@ -25,41 +27,6 @@ pytestmark = [  # of what solo-learn uses: heads of DINO and SwAV, W-MSE's white
 ]
 
 BATCH, SIDE, STEP = 8, 12, 1e-5
-HEADS = {"proj_output_dim": 8, "proj_hidden_dim": 16, "pred_hidden_dim": 16}
-QUEUE = {**HEADS, "temperature": 0.2, "queue_size": 32}
-WEIGHTS = {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0}
-PROTOTYPES = {**HEADS, "temperature": 0.1, "num_prototypes": 12}
-SERVED: dict[str, dict[str, Any]] = {
-    "all4one": {**QUEUE, "pred_hidden_dim": 8},
-    "barlow_twins": {**HEADS, "lamb": 0.0051, "scale_loss": 0.024},
-    "byol": HEADS,
-    "deepclusterv2": {**PROTOTYPES, "num_prototypes": [12, 12]},
-    "dino": {
-        **PROTOTYPES,
-        "clip_grad": 0,
-        "freeze_last_layer": True,
-        "use_bn_in_head": True,
-        "norm_last_layer": True,
-        "student_temperature": 0.5,
-        "teacher_temperature": 0.4,
-        "warmup_teacher_temperature": 0.4,
-        "warmup_teacher_temperature_epochs": 2,
-    },
-    "mocov2plus": QUEUE,
-    "mocov3": {**HEADS, "temperature": 0.2},
-    "nnbyol": QUEUE,
-    "nnclr": QUEUE,
-    "nnsiam": QUEUE,
-    "ressl": {**QUEUE, "temperature_q": 0.5, "temperature_k": 0.4},
-    "simclr": {**HEADS, "temperature": 0.2},
-    "simsiam": HEADS,
-    "swav": {**PROTOTYPES, "queue_size": 16, "epoch_queue_starts": 0},
-    "vibcreg": {**HEADS, **WEIGHTS, "iternorm": True},
-    "vicreg": {**HEADS, **WEIGHTS},
-    "wmse": {**HEADS, "whitening_iters": 2, "whitening_size": 8, "whitening_eps": 0.1},
-}
-MOMENTUM = {"all4one", "byol", "dino", "mocov2plus", "mocov3", "ressl"}
-"""nnbyol has a momentum branch too, but it only picks keys from a queue."""
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +257,11 @@ def test_small_crops_have_a_gradient_too(methods: Any, name: str) -> None:
 
 def test_every_method_is_served_or_refused_with_a_reason(methods: Any) -> None:
     assert set(methods) == set(SERVED) | set(NOT_SERVED)
+
+
+def test_the_readme_lists_what_is_served_and_refused() -> None:
+    listed = f"<!-- solo-methods:begin -->\n{solo_methods()}\n<!-- solo-methods:end -->"
+    assert listed in README.read_text(), "run python -m tests.bench.readme"
 
 
 def test_a_method_that_is_not_served_says_why(methods: Any) -> None:

@@ -1,7 +1,8 @@
 """Fill the README's tables from the newest results: `python -m tests.bench.readme`.
 
 Text between `<!-- theme:begin -->` and `<!-- theme:end -->` is replaced. A theme is a function in
-`THEMES` that turns the result files of that name into Markdown.
+`THEMES` that turns the result files of that name into Markdown, or one in `LISTS`, which needs no
+result: it says what the code serves and refuses.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.passport import RESULTS
+from tests.solo_served import MOMENTUM, SERVED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 Result = dict[str, Any]
@@ -81,6 +84,18 @@ def demo(results: list[Result]) -> str:
     return "\n".join([*lines, "", setting, _source(newest)])
 
 
+def solo_methods() -> str:
+    """Every method of solo-learn: what the conformance suite serves, what is refused and why."""
+    lines = ["| method | served | momentum branch |", "|---|---|---|"]
+    for name in sorted(SERVED):
+        branch = "dual branch" if name in MOMENTUM else "none"
+        if name in NEIGHBOURS_ONLY:
+            branch = "picks neighbours only: no gradient goes through it"
+        lines.append(f"| `{name}` | yes | {branch} |")
+    lines += [f"| `{name}` | no: {reason} | - |" for name, reason in sorted(NOT_SERVED.items())]
+    return "\n".join(lines)
+
+
 def _errors(row: dict[str, float]) -> str:
     return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
 
@@ -95,6 +110,7 @@ def _source(result: Result) -> str:
 
 
 THEMES: dict[str, Callable[[list[Result]], str]] = {"demo": demo, "mirror": mirror}
+LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 
 
 def results_of(theme: str) -> list[Result]:
@@ -111,12 +127,14 @@ def fill(text: str, theme: str, table: str) -> str:
 
 
 def main() -> None:
-    """Fill every theme that has results."""
+    """Fill every list, and every theme that has results."""
     text = README.read_text()
     for theme, make in THEMES.items():
         results = results_of(theme)
         if results:
             text = fill(text, theme, make(results))
+    for name, listed in LISTS.items():
+        text = fill(text, name, listed())
     README.write_text(text)
 
 
