@@ -55,10 +55,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Return one of this package's configurations with overrides, outside an application."""
+    """Return one of this package's configurations with overrides, outside an application.
+
+    Raises:
+        UserError: Hydra cannot find or compose the configuration.
+    """
     configs = str(shipped("configs") / "pretrain")
-    with hydra.initialize_config_dir(configs, version_base="1.3"):
-        return hydra.compose(config_name, list(overrides))
+    try:
+        with hydra.initialize_config_dir(configs, version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from error
 
 
 def _absolute(arguments: Sequence[str]) -> list[str]:

@@ -50,8 +50,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     for name in ("lightning.pytorch", "pytorch_lightning"):  # they set INFO when imported
         logging.getLogger(name).setLevel(logging.WARNING)
-    selection = _selection(cfg)
-    settings = complete(_without_gpu(cfg))
+    selection, settings = check(cfg)
     folder, checkpoint, finished = _folder(settings, selection)
     if finished is not None:
         log.info("%s is finished; nothing to do", folder)
@@ -88,6 +87,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result = _result(selection, settings, callbacks, trainer, time.perf_counter() - started)
     _write(folder / RESULT_FILE, result)
     return {**result, "folder": str(folder)}
+
+
+def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
+    """Return what a configuration selects and its completed settings; nothing is read or trained.
+
+    Raises:
+        UserError: an unknown name, a missing key or a value out of range.
+    """
+    return _selection(cfg), complete(_without_gpu(cfg))
 
 
 def _selection(cfg: DictConfig) -> Selection:
