@@ -2,12 +2,16 @@
 
 Brightness, contrast and saturation are affine in a pixel's channels: clamp(M x + k * mean(grey x)
 + b) with a 3x3 matrix M, one batched matrix product. The batch is sorted by how many of these come
-before hue, so that images of one slice share the step at which hue comes.
+before hue, so that images of one slice share the step at which hue comes. On a processor `fused.py`
+does the same an image at a time, where Numba is installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from cp_plugin.mirror.colour import grey_weights
 from cp_plugin.mirror.hue import Analysis, rotate_hue, rotate_hue_backward
+from cp_plugin.mirror.kinds import CONTRAST, HUE, SATURATION
 from cp_plugin.mirror.operation import (
     LEVEL,
     Operation,
@@ -26,7 +31,6 @@ from cp_plugin.mirror.operation import (
     uniform,
 )
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 Range = tuple[float, float] | None
 Tape = list[Tensor | Analysis]
 
@@ -82,6 +86,7 @@ class ColorJitter(Operation):
         sorted_before = before_hue[forth][: int(applied.sum())]
         kinds = place[:, affine].argsort(1)[forth]
         params = _affine_steps(torch.tensor(affine)[kinds], factors[forth], self.stage)
+        carried_out = applied[:, None] & torch.isin(order, torch.tensor(active))
         return {
             "factors": factors,
             "order": order,
@@ -89,7 +94,9 @@ class ColorJitter(Operation):
             "forth": forth,
             "back": forth.argsort(),
             "ends": [int((sorted_before >= steps).sum()) for steps in range(len(affine) + 1)],
-            "shift": _hue_shift(factors[forth, HUE], self.stage),
+            "shift": _hue_shift(factors[forth, HUE], self.stage)[:, None, None],
+            "steps": torch.where(carried_out, order, -1),
+            "amounts": _amounts(factors, self.stage),
             "has_hue": HUE in active,
             "has_contrast": CONTRAST in active,
             "quantised": self.stage is Stage.PILLOW,
@@ -101,8 +108,17 @@ class ColorJitter(Operation):
         """Change the colours of the images chosen."""
         if params["ends"][0] == 0:
             return images
-        out: Tensor = _Jitter.apply(images, like(params, images.dtype))
+        fused = _fused()
+        by_image = fused is not None and fused.serves(images)
+        function = _FusedJitter if by_image else _Jitter
+        out: Tensor = function.apply(images, like(params, images.dtype))
         return out
+
+
+@cache
+def _fused() -> Any:
+    """Return the module for processors; it needs Numba, which takes a moment to import."""
+    return import_module("cp_plugin.mirror.fused") if find_spec("numba") else None
 
 
 def like(params: Params, dtype: torch.dtype) -> Params:
@@ -120,18 +136,44 @@ def _affine_steps(kinds: Tensor, factors: Tensor, stage: Stage) -> Params:
     eye = torch.eye(3, dtype=factors.dtype)
     grey = grey_weights(stage).expand(3, 3)
     saturation = torch.where(kinds.T == SATURATION, rest, 0.0)
-    bias = -0.5 * LEVEL * (factor != 1) if stage.rounds else torch.zeros_like(factor)
     return {
         "matrix": factor[..., None, None] * eye + saturation[..., None, None] * grey,
         "mean_weight": torch.where(kinds.T == CONTRAST, rest, 0.0),
-        "bias": bias,
+        "bias": _bias(factor, stage),
     }
+
+
+def _bias(factor: Tensor, stage: Stage) -> Tensor:
+    return -0.5 * LEVEL * (factor != 1) if stage.rounds else torch.zeros_like(factor)
 
 
 def _hue_shift(factor: Tensor, stage: Stage) -> Tensor:
     """Pillow: the whole steps that torchvision adds to the hue byte; tensors: turns."""
-    shift = (factor * 255).trunc().remainder(256) if stage is Stage.PILLOW else factor
-    return shift[:, None, None]
+    return (factor * 255).trunc().remainder(256) if stage is Stage.PILLOW else factor
+
+
+def _amounts(factors: Tensor, stage: Stage) -> Tensor:
+    """Return (2, B, 4): factor and bias of every kind; of hue its shift."""
+    shifted = factors.clone()
+    shifted[:, HUE] = _hue_shift(factors[:, HUE], stage)
+    return torch.stack([shifted, _bias(factors, stage)])
+
+
+class _FusedJitter(torch.autograd.Function):
+    """All steps on one image at a time; keeps the images and repeats the steps to go back."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
+        ctx.save_for_backward(images)
+        arrays = [params["steps"], *params["amounts"], params["grey"]]
+        ctx.plan = _fused().Plan(*(array.numpy() for array in arrays), params["quantised"])
+        out: Tensor = _fused().forward(images, ctx.plan)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (images,) = ctx.saved_tensors
+        return _fused().backward(images, grads[0], ctx.plan), None
 
 
 class _Jitter(torch.autograd.Function):
