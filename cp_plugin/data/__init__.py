@@ -2,7 +2,8 @@
 
 `images` (keys, canonical form), `chain` (the data sets inside a data set), `labelled` (labels and
 class names), `opened` (the host's transform taken off), `poisoned` (a poison added before it),
-`photos` (the embedded photographs), `sources` (`data.dataset` by name).
+`held` (added once, where images are in memory), `photos` (the embedded photographs), `sources`
+(`data.dataset` by name).
 """
 
 from cp_plugin.data.images import Canonical, image_key

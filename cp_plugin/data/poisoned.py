@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from cp_plugin.config import UserError
 from cp_plugin.data import chain
+from cp_plugin.data.held import AddMany, change_once
 from cp_plugin.data.images import Canonical, image_key, is_image, like
 from cp_plugin.data.labelled import UNLABELLED, labels
 from cp_plugin.data.markers import rebuilt
@@ -31,13 +32,21 @@ class Poisoned(Dataset[Any]):
     attributes (`classes`, `targets`, …) are those of the data set.
     """
 
-    def __init__(self, dataset: Any, add: Add, image_size: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        add: Add,
+        image_size: int | None = None,
+        add_many: AddMany | None = None,
+    ) -> None:
         """Wrap a data set, which stays as it is.
 
         Args:
             dataset: the data set of clean images.
             add: from canonical image, key and label (-1: unlabelled) to the image to train on.
             image_size: side of the canonical images in pixels; None keeps each image's size.
+            add_many: the same for a batch; with it, images that the data set holds in memory are
+                changed once, now.
 
         Raises:
             UserError: the data set streams, or is empty.
@@ -45,6 +54,7 @@ class Poisoned(Dataset[Any]):
         chain.check_map_style(dataset)
         self.dataset = dataset
         self._change = Change(add, Canonical(image_size))
+        self._held = add_many and change_once(dataset, Canonical(image_size), add_many)
         found = labels(dataset)
         self._labels = None if found is None else found.tolist()
         self._built: Built | None = None
@@ -85,10 +95,15 @@ class Poisoned(Dataset[Any]):
     def _changed(self) -> Any:
         """The data set with the poison before its transform; None where it has no transform."""
         if self._built is None or self._built.source is not self.dataset:
-            served = bool(chain.transforms_of(self.dataset))
-            changed = chain.with_transform(self.dataset, self._change.before) if served else None
-            self._built = Built(self.dataset, changed)
+            self._built = Built(self.dataset, self._made())
         return self._built.changed
+
+    def _made(self) -> Any:
+        held = self._held.put_into(self.dataset) if self._held else None
+        if held is not None:
+            return held
+        served = bool(chain.transforms_of(self.dataset))
+        return chain.with_transform(self.dataset, self._change.before) if served else None
 
     def _with_first_image_changed(self, sample: Any) -> Any:
         done = False
