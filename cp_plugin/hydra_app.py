@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -55,17 +56,22 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Return one of this package's configurations with overrides, outside an application.
+    """Return one of this package's configurations with overrides, without an application.
 
     Raises:
         UserError: Hydra cannot find or compose the configuration.
     """
     configs = str(shipped("configs") / "pretrain")
+    # A job of an application may compose another configuration.
+    application = GlobalHydra.instance()
+    around, application.hydra = application.hydra, None
     try:
         with hydra.initialize_config_dir(configs, version_base="1.3"):
             return hydra.compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
+    finally:
+        application.hydra = around
 
 
 def _absolute(arguments: Sequence[str]) -> list[str]:
