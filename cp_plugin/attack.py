@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cp_plugin.config import CraftConfig
+from cp_plugin.config import AlternationConfig
 from cp_plugin.host import Batch, Host
 from cp_plugin.mirror import Mirror
 from cp_plugin.perturbation import Perturbation
@@ -115,7 +115,7 @@ class Attack:
         mirror: Mirror,
         perturbation: Perturbation,
         rows: Rows,
-        config: CraftConfig,
+        config: AlternationConfig,
         seed: int,
     ) -> None:
         """Bind the parts.
@@ -125,13 +125,13 @@ class Attack:
             mirror: the differentiable twin of its augmentations.
             perturbation: the rows of delta.
             rows: which row belongs to which image.
-            config: T, the step size and the dual branch are read from it.
+            config: T, the step size and whether a momentum branch is opened are read from it.
             seed: seeds the augmentations; together with a step's number it fixes them.
         """
         self.host, self.mirror, self.perturbation = host, mirror, perturbation
         self.rows, self.config, self.seed = rows, config, seed
         self._generator = torch.Generator()
-        momentum = host.momentum_modules() if config.dual_branch else ()
+        momentum = host.momentum_modules() if config.releases else ()
         self._release = release(host.module, momentum)
         self._checked = False
 

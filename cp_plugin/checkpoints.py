@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.adapters.lightly import LightningHost
 from cp_plugin.banks import Bank
-from cp_plugin.callbacks.craft import POISON_FILE
+from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.config import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline

@@ -18,6 +18,9 @@ Granularity = Literal["sample", "class"]
 RowType = Literal["float32", "float16", "int8"]
 EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
+Distribution = Literal["uniform", "gaussian"]
+RANDOM, ZERO = "random", "zero"
+"""Where a perturbation starts, if not from a poison file."""
 
 
 class UserError(ValueError):
@@ -31,13 +34,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CraftConfig:
-    """How a contrastive poison is crafted (He, Zha, Katabi, ICLR 2023, section 3 and appendix)."""
+class AlternationConfig:
+    """A poison and its surrogate made in turns: M steps of the model, then N batches of noise."""
 
     eps: float = 8 / 255
     """Largest change of a pixel, in [0, 1]; `"8/255"` is understood."""
     granularity: Granularity = "sample"
-    """`sample`: one delta an image (CP-S); `class`: one delta a class (CP-C, needs labels)."""
+    """`sample`: one delta an image; `class`: one delta a class (needs labels)."""
     rounds: int = 200
     """Alternations of model and noise phase; the host's epochs may end them sooner."""
     model_steps: Steps = EPOCH
@@ -48,12 +51,8 @@ class CraftConfig:
     """T: sign-gradient steps on each of these batches."""
     step_size: float = 0.1
     """Length of one sign-gradient step, in units of eps."""
-    init: str = "random"
-    """`random` (uniform in [-eps, eps]) or the path of a poison file to start from."""
-    dual_branch: bool = True
-    """Let gradients reach delta through the momentum branch too; no effect without one."""
-    momentum_modules: str | tuple[str, ...] = "auto"
-    """Names of the momentum branch's modules, or `auto`."""
+    init: str = RANDOM
+    """`random` (uniform in [-eps, eps]), `zero`, or the path of a poison file to start from."""
     image_size: int | None = None
     """Side of delta in pixels; images of other sizes are resized and centre-cropped first.
     None: the largest crop of the host's pipeline."""
@@ -73,34 +72,56 @@ class CraftConfig:
             UserError: a value is out of its range.
         """
         check_eps(self.eps)
-        _one_of("granularity", self.granularity, get_args(Granularity))
-        _one_of("dtype", self.dtype, get_args(RowType))
+        one_of("granularity", self.granularity, get_args(Granularity))
+        one_of("dtype", self.dtype, get_args(RowType))
         for name in ("rounds", "pgd_steps"):
-            _at_least_one(name, getattr(self, name))
+            at_least_one(name, getattr(self, name))
         for name in ("model_steps", "noise_steps"):
             if getattr(self, name) != EPOCH:
-                _at_least_one(name, getattr(self, name), " or `epoch`")
-        if not 0 < self.step_size <= 2:
-            raise UserError(
-                f"poison.step_size is in units of eps, in (0, 2]; got {self.step_size}. "
-                "The paper uses 0.1."
-            )
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"poison.fraction must be in (0, 1], got {self.fraction}.")
+                at_least_one(name, getattr(self, name), " or `epoch`")
+        check_step_size(self.step_size)
+        check_fraction(self.fraction)
         if self.image_size is not None and not 8 <= self.image_size <= 512:
             raise UserError(
                 f"poison.image_size must be between 8 and 512 pixels, got {self.image_size}."
             )
 
+    @property
+    def releases(self) -> bool:
+        """Whether gradients reach delta through a momentum branch."""
+        return False
+
+
+@dataclass(frozen=True)
+class CraftConfig(AlternationConfig):
+    """How a contrastive poison is crafted (He, Zha, Katabi, ICLR 2023, section 3 and appendix).
+
+    Granularity `sample` is CP-S, `class` is CP-C.
+    """
+
+    dual_branch: bool = True
+    """Let gradients reach delta through the momentum branch too; no effect without one."""
+    momentum_modules: str | tuple[str, ...] = "auto"
+    """Names of the momentum branch's modules, or `auto`."""
+
+    @property
+    def releases(self) -> bool:
+        """Whether gradients reach delta through a momentum branch."""
+        return self.dual_branch
+
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """Uniform noise in [-eps, eps]: what any poison has to beat."""
+    """Random noise in [-eps, eps]: what any poison has to beat."""
 
     eps: float = 8 / 255
     """Largest change of a pixel, in [0, 1]."""
+    distribution: Distribution = "uniform"
+    """`gaussian`: of standard deviation eps, clipped at eps."""
     granularity: Granularity = "sample"
     """One draw an image or one a class."""
+    fraction: float = 1.0
+    """Part of the images that is poisoned, class-balanced where there are labels."""
     seed: int | None = None
     """None: the run's seed."""
 
@@ -111,7 +132,9 @@ class RandomConfig:
             UserError: a value is out of its range.
         """
         check_eps(self.eps)
-        _one_of("granularity", self.granularity, get_args(Granularity))
+        one_of("distribution", self.distribution, get_args(Distribution))
+        one_of("granularity", self.granularity, get_args(Granularity))
+        check_fraction(self.fraction)
 
 
 @dataclass(frozen=True)
@@ -121,7 +144,8 @@ class InjectConfig:
     path: str
     """The `.safetensors` file."""
     fraction: float = 1.0
-    """Part of the file's rows that is used, by key, so that the choice is the same everywhere."""
+    """Part of the poisoned images that stays so, the same part of each class; by key, so that the
+    choice is the same everywhere."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -129,8 +153,7 @@ class InjectConfig:
         Raises:
             UserError: a value is out of its range.
         """
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"poison.fraction must be in (0, 1], got {self.fraction}.")
+        check_fraction(self.fraction)
 
 
 @dataclass(frozen=True)
@@ -150,9 +173,9 @@ class MonitorConfig:
         Raises:
             UserError: a value is out of its range.
         """
-        _at_least_one("every_n_epochs", self.every_n_epochs, prefix="monitor")
+        at_least_one("every_n_epochs", self.every_n_epochs, prefix="monitor")
         if self.k is not None:
-            _at_least_one("k", self.k, prefix="monitor")
+            at_least_one("k", self.k, prefix="monitor")
         if self.temperature <= 0:
             raise UserError(f"monitor.temperature must be positive, got {self.temperature}.")
 
@@ -201,6 +224,28 @@ def check_eps(eps: float) -> float:
             f"got {eps}. The paper uses 8/255."
         )
     return eps
+
+
+def check_fraction(fraction: float) -> None:
+    """Check a part of the images.
+
+    Raises:
+        UserError: it is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"poison.fraction must be in (0, 1], got {fraction}.")
+
+
+def check_step_size(step_size: float) -> None:
+    """Check the length of a sign-gradient step.
+
+    Raises:
+        UserError: it is not in (0, 2].
+    """
+    if not 0 < step_size <= 2:
+        raise UserError(
+            f"poison.step_size is in units of eps, in (0, 2]; got {step_size}. The paper uses 0.1."
+        )
 
 
 def eps_levels(eps: float) -> int:
@@ -252,11 +297,13 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse what is not among the allowed values."""
     if value not in allowed:
         raise UserError(f"poison.{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-def _at_least_one(name: str, value: object, also: str = "", prefix: str = "poison") -> None:
+def at_least_one(name: str, value: object, also: str = "", prefix: str = "poison") -> None:
+    """Refuse what is no whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{prefix}.{name} must be an integer of at least 1{also}; got {value!r}.")

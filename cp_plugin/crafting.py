@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cp_plugin.adapters.module import ModuleHost
 from cp_plugin.attack import Attack, Rows, Schedule
-from cp_plugin.config import EPOCH, CraftConfig, UserError
+from cp_plugin.config import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
 from cp_plugin.data import Opened, class_names, labels
 from cp_plugin.host import Batch
 from cp_plugin.mirror import Mirror
@@ -34,13 +34,15 @@ class Crafting:
     """One poison in the making."""
 
     attack_class = Attack
+    kind = "cp"
+    """Which poison it is, as the file says."""
 
     def __init__(
         self,
         host: ModuleHost,
         twin: Mirror,
         opened: Opened,
-        config: CraftConfig,
+        config: AlternationConfig,
         seed: int,
         folder: Path,
         resumed: Mapping[str, Any] | None = None,
@@ -63,6 +65,7 @@ class Crafting:
         self.config, self.seed, self.folder = config, seed, folder
         self.labels = labels(opened.dataset)
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
+        self._chosen: Tensor | None = None
         perturbation, rows = self._rows(resumed)
         self.attack = self.attack_class(host, twin, perturbation, rows, config, seed)
         self._bound = list(host.momentum_modules())
@@ -127,13 +130,22 @@ class Crafting:
             perturbation = Perturbation(perturbation.stored[seen], perturbation.eps)
             keys = rows.keys[seen]
         classes = class_names(self.opened.dataset)
+        by_class = self.config.granularity == "class"
         return Poison(
             perturbation,
             self.config.granularity,
             keys,
-            classes if self.config.granularity == "class" else None,
+            classes if by_class else None,
             self._info(),
+            self._chosen_keys() if by_class and self.config.fraction < 1 else None,
         )
+
+    def _chosen_keys(self) -> Tensor:
+        """Return the keys of the images that carry the delta of their class."""
+        if self._chosen is None:
+            images = (self.attack.rows.of_image >= 0).nonzero().flatten().tolist()
+            self._chosen = torch.tensor(sorted({self.opened[image].key for image in images}))
+        return self._chosen
 
     def _rows(self, resumed: Mapping[str, Any] | None) -> tuple[Perturbation, Rows]:
         config = self.config
@@ -154,7 +166,7 @@ class Crafting:
                 rows.restore(resumed["tensors"]["keys"])
             return Perturbation(resumed["tensors"]["delta"], config.eps), rows
         perturbation = self._start(count, generator)
-        if config.init != "random":
+        if config.init not in (RANDOM, ZERO):
             self._start_from(Poison.load(config.init), perturbation, rows)
         return perturbation, rows
 
@@ -164,6 +176,8 @@ class Crafting:
         bytes_ = count * channels * height * width * 4
         file = self.folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
         shape = (channels, height, width)
+        if config.init == ZERO:
+            return Perturbation.zeros(count, shape, config.eps, config.dtype, file)
         return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
 
     def _start_from(self, poison: Poison, perturbation: Perturbation, rows: Rows) -> None:
@@ -205,10 +219,11 @@ class Crafting:
             "noise_steps": self.schedule.noise_steps,
             "pgd_steps": self.schedule.pgd_steps,
             "step_size": self.config.step_size,
-            "dual_branch": self.config.dual_branch,
+            "dual_branch": self.config.releases,
             "surrogate_steps_done": self.schedule.steps_done,
         }
         return {
+            "poison": self.kind,
             "host": self.host.framework,
             "method": self.host.method,
             "backbone": _backbone(self.host),

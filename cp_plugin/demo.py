@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cp_plugin.callbacks.craft import POISON_FILE
+from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.checkpoints import evaluate, poison_of
 from cp_plugin.config import UserError
 from cp_plugin.data import Opened, Photos, class_names

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
@@ -38,6 +38,8 @@ class Poison:
     """For a class poison, the class that each row belongs to."""
     info: Mapping[str, str] = field(default_factory=dict)
     """What it was made with: host, method, backbone, augmentations, schedule, seed, versions."""
+    chosen: Tensor | None = None
+    """int64 (M): for a class poison that is in a part of the images, the keys of these."""
 
     def __post_init__(self) -> None:
         """Check that every row has an owner.
@@ -78,6 +80,8 @@ class Poison:
         tensors = {"delta": self.perturbation.stored.contiguous()}
         if self.keys is not None:
             tensors["keys"] = self.keys
+        if self.chosen is not None:
+            tensors["chosen"] = self.chosen
         metadata = {
             **self.info,
             "format": FORMAT,
@@ -114,6 +118,7 @@ class Poison:
             keys=tensors.get("keys"),
             classes=None if classes is None else tuple(json.loads(classes)),
             info={key: value for key, value in metadata.items() if key not in known},
+            chosen=tensors.get("chosen"),
         )
 
     @cached_property
@@ -121,19 +126,64 @@ class Poison:
         keys = cast(Tensor, self.keys).tolist()
         return {key: row for row, key in reversed(list(enumerate(keys)))}
 
+    @cached_property
+    def _chosen_keys(self) -> frozenset[int]:
+        return frozenset(cast(Tensor, self.chosen).tolist())
+
+    @cached_property
+    def _row_of_class(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.classes or ())}
+
     def rows(
         self, keys: Sequence[int] | None = None, classes: Sequence[str | None] | None = None
     ) -> Tensor:
         """Return the row of each image, int64, -1 where the poison has none for it.
 
         Args:
-            keys: the images' keys; used by a sample poison.
+            keys: the images' keys; a class poison needs them only where it is in a part of the
+                images, and without them tells the rows of all.
             classes: the images' class names, None for unlabelled ones; used by a class poison.
         """
         if self.granularity == "sample":
             return torch.tensor([self._row_of_key.get(key, -1) for key in keys or ()])
-        names = {name: row for row, name in enumerate(self.classes or ())}
-        return torch.tensor([-1 if name is None else names.get(name, -1) for name in classes or ()])
+        names = self._row_of_class
+        found = [-1 if name is None else names.get(name, -1) for name in classes or ()]
+        if self.chosen is not None and keys is not None:
+            pairs = zip(found, keys, strict=True)
+            found = [row if key in self._chosen_keys else -1 for row, key in pairs]
+        return torch.tensor(found, dtype=torch.int64)
+
+    @property
+    def fraction(self) -> float:
+        """Part of the images that it was made for or cut down to."""
+        return float(self.info.get("fraction", 1))
+
+    def part(self, fraction: float, keys_N: Tensor, labels_N: Tensor | None) -> Poison:
+        """Return the poison for a part of the images, the same part of each class.
+
+        The choice depends on the images alone: it is the same everywhere, and a smaller part lies
+        within a larger one. It is in the file as the rows' keys, or as `chosen`.
+
+        Args:
+            fraction: in (0, 1]; of the images that the poison is in.
+            keys_N: int64 (N), the keys of the data set's images.
+            labels_N: int64 (N), negative where unlabelled; None where there are no labels.
+        """
+        labels = torch.zeros_like(keys_N) if labels_N is None else labels_N
+        names = [self.classes[y] if self.classes and y >= 0 else None for y in labels.tolist()]
+        rows = self.rows(keys_N.tolist(), names)
+        kept = []
+        for label in torch.unique(labels).tolist():
+            # Sorted by key, which is a hash: an order that has nothing to do with the images.
+            members = torch.unique(keys_N[(labels == label) & (rows >= 0)])
+            if len(members):
+                kept.append(members[: max(1, round(fraction * len(members)))])
+        chosen = torch.unique(torch.cat(kept)) if kept else keys_N[:0]
+        info = {**self.info, "fraction": repr(fraction * self.fraction)}
+        if self.granularity == "class":
+            return replace(self, info=info, chosen=chosen)
+        own = Perturbation(self.perturbation.stored[self.rows(chosen.tolist())], self.eps)
+        return replace(self, perturbation=own, keys=chosen, info=info)
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
         """Check that a class poison was made for these classes; a sample poison fits any.

@@ -16,17 +16,19 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from cp_plugin.baselines import random_poison
+from cp_plugin.baselines import draw
 from cp_plugin.callbacks import CraftPoison, InjectPoison, KNNMonitor, MirrorViews
-from cp_plugin.callbacks.craft import POISON_FILE
+from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.callbacks.progress import RunProgress
-from cp_plugin.config import InjectConfig, RandomConfig, UserError
+from cp_plugin.callbacks.supervised import crafter
+from cp_plugin.config import InjectConfig, UserError
 from cp_plugin.data import load
 from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.labelled_methods import check_method, name_classes
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
 from cp_plugin.provenance import command, hardware, versions
-from cp_plugin.selection import Selection
+from cp_plugin.selection import CRAFTED, Selection
 
 log = logging.getLogger("cp_plugin")
 
@@ -57,6 +59,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return {**finished, "folder": str(folder)}
     seed_everything(settings.seed, workers=True, verbose=False)
     train, test = _data(settings)
+    name_classes(settings, train)
     train.transform = build_pipeline(settings)
     twin = mirror(train.transform)
     module = build_method(settings, twin.crop_size or settings.augmentations[0].crop_size)
@@ -93,9 +96,12 @@ def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
     """Return what a configuration selects and its completed settings; nothing is read or trained.
 
     Raises:
-        UserError: an unknown name, a missing key or a value out of range.
+        UserError: an unknown name, a missing key, a value out of range, or poison and method do
+            not go together.
     """
-    return _selection(cfg), complete(_without_gpu(cfg))
+    selection, settings = _selection(cfg), complete(_without_gpu(cfg))
+    check_method(selection, settings)
+    return selection, settings
 
 
 def _selection(cfg: DictConfig) -> Selection:
@@ -187,14 +193,13 @@ def _callbacks(
         raise UserError(f"augment must be one of {', '.join(AUGMENT)}; got {augment!r}.")
     callbacks: list[Callback] = []
     poison = selection.poison
-    if selection.crafts:
-        chosen = {**vars(poison), "dir": vars(poison)["dir"] or str(folder)}
-        callbacks.append(CraftPoison(**chosen))
+    if isinstance(poison, CRAFTED):
+        callbacks.append(crafter(poison, dir=poison.dir or str(folder)))
     else:
         if isinstance(poison, InjectConfig):
-            callbacks.append(InjectPoison(poison.path, poison.fraction))
-        elif isinstance(poison, RandomConfig):
-            drawn = random_poison(train, image_size, poison, cfg.seed)
+            callbacks.append(InjectPoison(poison.path, poison.fraction, folder))
+        elif poison is not None:
+            drawn = draw(train, image_size, poison, cfg.seed)
             if not (folder / POISON_FILE).exists():
                 drawn.save(folder / POISON_FILE)
             callbacks.append(InjectPoison(drawn))
@@ -254,6 +259,7 @@ def _result(
         "poison": selection.name,
         "granularity": None,
         "eps": None,
+        "fraction": None,
         "method": cfg.method,
         "dataset": cfg.data.dataset,
         "seed": cfg.seed,
@@ -284,6 +290,7 @@ def _of_poison(poison: Poison) -> dict[str, Any]:
     return {
         "granularity": poison.granularity,
         "eps": poison.eps,
+        "fraction": poison.fraction,
         "surrogate": poison.info.get("method"),
         "surrogate_steps": schedule.get("surrogate_steps_done"),
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cp_plugin.baseline_config import ErrorMinConfig, SyntheticConfig, TapConfig
 from cp_plugin.config import (
     CraftConfig,
     InjectConfig,
@@ -20,8 +21,14 @@ from cp_plugin.config import (
 )
 
 CRAFTS = ("cp", "cp_class", "cp_byol")
+CRAFTED = (CraftConfig, ErrorMinConfig, TapConfig)
+"""Settings of poisons that need a surrogate."""
+Settings = CraftConfig | ErrorMinConfig | TapConfig | SyntheticConfig | RandomConfig | InjectConfig
 KINDS: dict[str, type[Any] | None] = {
     **dict.fromkeys(CRAFTS, CraftConfig),
+    "error_min": ErrorMinConfig,
+    "tap": TapConfig,
+    "synthetic": SyntheticConfig,
     "random": RandomConfig,
     "inject": InjectConfig,
     "none": None,
@@ -34,7 +41,7 @@ class Selection:
 
     name: str
     """The poison's name; `none` where there is none."""
-    poison: CraftConfig | RandomConfig | InjectConfig | None
+    poison: Settings | None
     monitor: MonitorConfig | None
 
     @classmethod
@@ -67,7 +74,7 @@ class Selection:
     @property
     def crafts(self) -> bool:
         """Whether the run makes a poison by training a surrogate."""
-        return isinstance(self.poison, CraftConfig)
+        return isinstance(self.poison, CRAFTED)
 
     def tag(self, settings: Mapping[str, Any]) -> str:
         """Return `<poison>-<8 hex digits>`, depending on all settings and on the poison file."""

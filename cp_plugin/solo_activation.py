@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from cp_plugin.activation import Job
 from cp_plugin.adapters.solo import check_served
 from cp_plugin.adapters.solo_backbones import PREFIX, add_timm_backbone
+from cp_plugin.baseline_config import ErrorMinConfig, SyntheticConfig, TapConfig
 from cp_plugin.callbacks import CraftPoison, InjectPoison, KNNMonitor, MirrorViews
-from cp_plugin.callbacks.base import Callback
-from cp_plugin.callbacks.craft import POISON_FILE
+from cp_plugin.callbacks.base import POISON_FILE, Callback
 from cp_plugin.callbacks.draw import DrawPoison
 from cp_plugin.callbacks.journal import Journal
-from cp_plugin.config import EPOCH, CraftConfig, InjectConfig, UserError
+from cp_plugin.config import EPOCH, CraftConfig, InjectConfig, RandomConfig, UserError
 from cp_plugin.patching import patches
 from cp_plugin.poison import Poison
 from cp_plugin.selection import Selection
@@ -99,8 +99,19 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
     """
     data, poison = cfg.data, selection.poison
     unlabelled = bool(data.get("no_labels", False))
+    if isinstance(poison, (ErrorMinConfig, TapConfig)):
+        raise UserError(
+            f"poison={selection.name} is made on a supervised surrogate, which solo-learn has not; "
+            f"craft it with `cp-plugin pretrain --config-name supervised +poison={selection.name}` "
+            "and use it here with +poison=inject."
+        )
     if selection.crafts:
         check_served(cfg.method)
+    if unlabelled and isinstance(poison, SyntheticConfig):
+        raise UserError(
+            "poison=synthetic tells classes apart and data.no_labels=True leaves no labels; use "
+            "labelled data, +poison=cp or +poison=random."
+        )
     if unlabelled and getattr(poison, "granularity", None) == "class":
         raise UserError(
             f"poison={selection.name} has one delta a class and data.no_labels=True leaves no "
@@ -212,9 +223,9 @@ def build_callbacks(cfg: DictConfig, selection: Selection, folder: Path | None) 
     if isinstance(poison, CraftConfig):
         made.append(CraftPoison(**{**vars(poison), "dir": poison.dir or (folder and str(folder))}))
     elif isinstance(poison, InjectConfig):
-        made.append(InjectPoison(poison.path, poison.fraction))
-    elif poison is not None:
-        made.append(DrawPoison(**vars(poison), folder=folder))
+        made.append(InjectPoison(poison.path, poison.fraction, folder))
+    elif isinstance(poison, (RandomConfig, SyntheticConfig)):
+        made.append(DrawPoison(poison, folder))
     if cfg.get("augment") == "mirror" and not selection.crafts:
         made.append(MirrorViews())
     return [*made, First(made)]

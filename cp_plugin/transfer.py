@@ -46,7 +46,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     dataset = _dataset(poison_file, data)
     opened = Opened(dataset, poison.image_size)
     known, names = labels(dataset), class_names(dataset)
-    add = AddPoison(poison, names, fraction=1.0)
+    add = AddPoison(poison, names)
     relative = list(_relative_names(opened, known, names))
     if len(set(relative)) < len(relative):
         raise UserError(

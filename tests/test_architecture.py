@@ -12,6 +12,7 @@ import cp_plugin
 PACKAGE = Path(cp_plugin.__file__).parent
 LAYERS = {
     "config": 0,
+    "baseline_config": 0,
     "paths": 0,
     "provenance": 0,
     "host": 1,
@@ -42,11 +43,14 @@ LAYERS = {
     "doctor": 5,
     "hydra_plugin": 5,
     "hydra_app": 5,
+    "labelled_methods": 5,
     "pretrain": 5,
     "checkpoints": 5,
     "transfer": 5,
     "pictures": 5,
     "demo": 5,
+    "study": 5,
+    "report": 5,
     "cli": 5,
     "search_path": 5,
     "__init__": 5,

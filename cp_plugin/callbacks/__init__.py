@@ -3,5 +3,14 @@
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.inject import InjectPoison, MirrorViews, inject
 from cp_plugin.callbacks.monitor import KNNMonitor
+from cp_plugin.callbacks.supervised import CraftErrorMin, CraftTap
 
-__all__ = ["CraftPoison", "InjectPoison", "KNNMonitor", "MirrorViews", "inject"]
+__all__ = [
+    "CraftErrorMin",
+    "CraftPoison",
+    "CraftTap",
+    "InjectPoison",
+    "KNNMonitor",
+    "MirrorViews",
+    "inject",
+]

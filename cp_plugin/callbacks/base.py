@@ -21,6 +21,9 @@ else:
             """A callback of `lightning.pytorch` and of `pytorch_lightning` at once."""
 
 
+POISON_FILE = "poison.safetensors"
+
+
 def run_folder(trainer: Any) -> Path:
     """Return where a run leaves its files: the logger's folder, else the trainer's root.
 
@@ -39,4 +42,4 @@ def run_seed(default: int = 0) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", default))
 
 
-__all__ = ["Callback", "run_folder", "run_seed"]
+__all__ = ["POISON_FILE", "Callback", "run_folder", "run_seed"]

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cp_plugin.adapters import adapt
 from cp_plugin.adapters.fitting import check_pipeline
+from cp_plugin.adapters.lightly import LightningHost
 from cp_plugin.attack import Attack, Schedule
 from cp_plugin.callbacks import snapshot
-from cp_plugin.callbacks.base import Callback, run_folder, run_seed
-from cp_plugin.callbacks.feed import Feed, endless, training_loader
-from cp_plugin.config import EPOCH, CraftConfig, UserError, build
+from cp_plugin.callbacks.base import POISON_FILE, Callback, run_folder, run_seed
+from cp_plugin.callbacks.feed import Feed, check_batches, endless, training_loader
+from cp_plugin.config import EPOCH, AlternationConfig, CraftConfig, UserError, build
 from cp_plugin.crafting import Crafting
 from cp_plugin.data import Opened
 from cp_plugin.host import Batch
@@ -25,7 +27,7 @@ from cp_plugin.poison import Poison
 
 log = logging.getLogger("cp_plugin")
 
-POISON_FILE = "poison.safetensors"
+__all__ = ["POISON_FILE", "CraftPoison"]
 
 
 class CraftPoison(Callback):
@@ -42,17 +44,20 @@ class CraftPoison(Callback):
     Learning", ICLR 2023.
     """
 
+    config_class: type[AlternationConfig] = CraftConfig
+    crafting_class: type[Crafting] = Crafting
+
     def __init__(self, **settings: Any) -> None:
         """Take the settings.
 
         Args:
-            settings: those of `cp_plugin.config.CraftConfig`, by name.
+            settings: those of `config_class`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
         """
         super().__init__()
-        self.config = build(CraftConfig, settings)
+        self.config = build(self.config_class, settings)
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -79,22 +84,33 @@ class CraftPoison(Callback):
         check_pipeline(type(pl_module).__name__, pipeline)
         twin = mirror(pipeline).to(pl_module.device)
         opened = Opened(loader.dataset, self.config.image_size or twin.crop_size)
-        host = adapt(
-            pl_module,
-            opened.with_views,
-            self.config.momentum_modules,
-            trainer.precision_plugin.train_step_context,
-        )
+        host = self.adapted(trainer, pl_module, opened)
         host.check(twin.views)
         self._host = host
         seed = run_seed() if self.config.seed is None else self.config.seed
-        self.crafting = Crafting(host, twin, opened, self.config, seed, self.folder, self._resumed)
-        self.crafting.plan(len(loader), trainer.accumulate_grad_batches)
+        self.crafting = self.crafting_class(
+            host, twin, opened, self.config, seed, self.folder, self._resumed
+        )
+        self.plan(trainer, loader)
         self.crafting.announce((loader.batch_size or 0) * trainer.world_size)
         self._settled = False
         self._steps_seen = trainer.global_step
         self._feed = Feed(trainer, pl_module, opened, self._views_of(trainer))
         self._batches = endless(loader)
+
+    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+        """Return the surrogate behind the protocol that the attack sees.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        assert isinstance(self.config, CraftConfig)
+        context = trainer.precision_plugin.train_step_context
+        return adapt(pl_module, opened.with_views, self.config.momentum_modules, context)
+
+    def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
+        """Turn `epoch` into numbers of steps."""
+        self.crafting.plan(len(loader), trainer.accumulate_grad_batches)
 
     @property
     def folder(self) -> Path:
@@ -138,6 +154,14 @@ class CraftPoison(Callback):
             self.crafting.complete_keys()
             self.poison().save(self.path)
             log.info("poison written to %s", self.path)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where there was nothing to train on.
+
+        Raises:
+            UserError: the training loader brings no batch.
+        """
+        check_batches(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give module and loader their own back when training breaks off."""

@@ -42,6 +42,20 @@ def training_loader(trainer: Any) -> DataLoader[Any]:
     return loader
 
 
+def check_batches(trainer: Any) -> None:
+    """Check that there was something to train on; Lightning passes over an empty loader in silence.
+
+    Raises:
+        UserError: the training loader brings no batch.
+    """
+    if trainer.num_training_batches == 0:
+        loader = training_loader(trainer)
+        raise UserError(
+            f"nothing was trained: {len(loader.dataset)} images make no batch of "  # type: ignore[arg-type]
+            f"{loader.batch_size}; set a smaller batch size or check the folder of the images."
+        )
+
+
 class Exchange:
     """Another data set and collate function in a trainer's loader, until `restore`."""
 

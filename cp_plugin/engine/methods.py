@@ -1,4 +1,4 @@
-"""The embedded methods by the names that solo-learn gives them."""
+"""The embedded methods by the names that solo-learn gives them, and `supervised`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from cp_plugin.engine.base import Method
 from cp_plugin.engine.byol import BYOL
 from cp_plugin.engine.moco import MoCoV2
 from cp_plugin.engine.simclr import SimCLR
+from cp_plugin.engine.supcon import SupCon
+from cp_plugin.engine.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "mocov2plus": MoCoV2, "byol": BYOL}
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR,
+    "mocov2plus": MoCoV2,
+    "byol": BYOL,
+    "supervised": Supervised,
+    "supcon": SupCon,
+}
 
 
 def build_method(cfg: DictConfig, image_size: int) -> Method:

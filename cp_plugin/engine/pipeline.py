@@ -31,6 +31,7 @@ SOLARIZE_FROM = 128
 SETTINGS = ("crop_size", "num_crops", "mean", "std")
 KNOWN: dict[str, tuple[str, ...]] = {
     "rrc": ("enabled", "crop_min_scale", "crop_max_scale"),
+    "random_crop": ("padding",),
     "color_jitter": ("prob", "brightness", "contrast", "saturation", "hue"),
     "grayscale": ("prob",),
     "gaussian_blur": ("prob",),
@@ -38,7 +39,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "equalization": ("prob",),
     "horizontal_flip": ("prob",),
 }
-"""The transforms of a node, in the order in which they are applied, and their settings."""
+"""The transforms of a node, in the order in which they are applied, and their settings.
+
+All but `random_crop` (zeros around the image, then a crop) are solo-learn's.
+"""
 
 
 def build_pipeline(cfg: DictConfig) -> MultiViewTransform:
@@ -117,6 +121,11 @@ def _crop(settings: Node, size: int) -> list[Callable[[Any], Any]]:
     return [transforms.RandomResizedCrop(size, scale=scale, interpolation=bicubic)]
 
 
+def _padded_crop(settings: Node, size: int) -> list[Callable[[Any], Any]]:
+    padding = settings.get("padding", 0)
+    return [transforms.RandomCrop(size, padding=padding)] if padding else []
+
+
 def _jitter(settings: Node, _: int) -> list[Callable[[Any], Any]]:
     if not (prob := _probability(settings)):
         return []
@@ -145,6 +154,7 @@ def _probability(settings: Node) -> float:
 
 _BUILDERS: dict[str, Callable[[Node, int], list[Callable[[Any], Any]]]] = {
     "rrc": _crop,
+    "random_crop": _padded_crop,
     "color_jitter": _jitter,
     "grayscale": _with_probability(lambda p: transforms.RandomGrayscale(p)),
     "gaussian_blur": _with_probability(lambda p: GaussianBlur(prob=p, sigmas=BLUR_SIGMAS)),

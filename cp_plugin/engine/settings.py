@@ -13,10 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from cp_plugin.config import UserError
 
 MOMENTUM_METHODS = ("mocov2plus", "byol")
+LABELLED_METHODS = ("supervised", "supcon")
+"""Their loss reads labels, by design: victims, never surrogates of contrastive poisoning."""
 METHOD_KEYS = {
     "simclr": ("proj_hidden_dim", "proj_output_dim", "temperature"),
     "mocov2plus": ("proj_hidden_dim", "proj_output_dim", "temperature"),
     "byol": ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim"),
+    "supervised": (),
+    "supcon": ("proj_hidden_dim", "proj_output_dim", "temperature"),
 }
 """The `method_kwargs` that a method cannot do without."""
 REQUIRED = (
@@ -197,7 +201,7 @@ def _check_values(cfg: DictConfig) -> None:
 
 
 def _check_views(cfg: DictConfig) -> None:
-    """These methods compare two views of one size."""
+    """Views are of one size, and there are two but for `supervised`, which compares none."""
     views = [
         (node.get("num_crops"), node.get("crop_size"))
         for node in cfg.augmentations
@@ -211,9 +215,11 @@ def _check_views(cfg: DictConfig) -> None:
             )
     sizes = {size for _, size in views}
     total = sum(crops for crops, _ in views)
-    if total != 2 or len(sizes) != 1:
+    compares = cfg.method != "supervised"
+    if (compares and total != 2) or len(sizes) != 1:
+        wanted = "two views" if compares else "views"
         raise UserError(
-            f"{cfg.method} needs two views of one size, but augmentations ask for {total} of "
+            f"{cfg.method} needs {wanted} of one size, but augmentations ask for {total} of "
             f"{sorted(sizes)} pixels; set num_crops and crop_size."
         )
 

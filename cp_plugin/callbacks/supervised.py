@@ -1,0 +1,158 @@
+"""Poisons made on a supervised surrogate: error-minimising noise and adversarial poisoning."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cp_plugin.adapters.lightly import LightningHost
+from cp_plugin.adapters.supervised import AdversarialHost, SupervisedHost
+from cp_plugin.attack import Schedule
+from cp_plugin.baseline_config import ErrorMinConfig, TapConfig
+from cp_plugin.callbacks.craft import CraftPoison
+from cp_plugin.callbacks.feed import training_loader
+from cp_plugin.config import AlternationConfig, CraftConfig, UserError, build
+from cp_plugin.crafting import Crafting
+from cp_plugin.data import Opened, class_names, labels
+
+log = logging.getLogger("cp_plugin")
+
+
+class _ErrorMinCrafting(Crafting):
+    kind = "error_min"
+
+
+class _TapCrafting(Crafting):
+    kind = "tap"
+
+
+class CraftErrorMin(CraftPoison):
+    """Craft error-minimising noise while a LightningModule learns classes as the surrogate.
+
+    The alternation of `CraftPoison` with a supervised loss in place of the self-supervised one:
+    noise that makes the labels easy leaves nothing to learn. Augmentations are differentiated
+    through; the paper crafts without any (`augmentations` of one resize).
+
+    Source: Huang et al., "Unlearnable Examples: Making Personal Data Unexploitable", ICLR 2021.
+    """
+
+    config_class: type[AlternationConfig] = ErrorMinConfig
+    crafting_class: type[Crafting] = _ErrorMinCrafting
+    host_class: type[SupervisedHost] = SupervisedHost
+
+    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+        """Return the surrogate as a supervised host.
+
+        Raises:
+            UserError: the data set has no labels.
+        """
+        known = labels(opened.dataset)
+        if known is None or not bool((known >= 0).any()):
+            raise UserError(
+                f"a poison made on a supervised surrogate ({self.crafting_class.kind}) needs "
+                "labelled images and this data set has no labels; use labelled data or +poison=cp."
+            )
+        context = trainer.precision_plugin.train_step_context
+        return self.host_class(pl_module, opened.with_views, (), context)
+
+
+class CraftTap(CraftErrorMin):
+    """Train a LightningModule on clean images, then mislead it: its adversarial images poison.
+
+    The module trains as its trainer says; when training ends every image is moved by T steps, its
+    augmentation drawn anew each time, on the trained network in eval mode.
+
+    Source: Fowl et al., "Adversarial Examples Make Strong Poisons", NeurIPS 2021.
+    """
+
+    crafting_class = _TapCrafting
+    host_class = AdversarialHost
+
+    def __init__(self, **settings: Any) -> None:
+        """Take the settings.
+
+        Args:
+            settings: those of `cp_plugin.baseline_config.TapConfig`, by name.
+
+        Raises:
+            UserError: an unknown name or a value out of range.
+        """
+        self._chosen = build(TapConfig, settings)
+        super().__init__(**vars(self._chosen.alternation()))
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let training end where it would."""
+        self._trainer = trainer
+
+    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+        """Return the surrogate as a host whose loss misleads it.
+
+        Raises:
+            UserError: the data set has no labels, or there are several processes.
+        """
+        if trainer.world_size > 1:
+            raise UserError(
+                f"tap is crafted by one process, got {trainer.world_size}; set devices=1."
+            )
+        host = super().adapted(trainer, pl_module, opened)
+        assert isinstance(host, AdversarialHost)
+        if self._chosen.targeted:
+            host.target_classes = _count_classes(opened.dataset)
+        return host
+
+    def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
+        """One round: all steps of training, then every image once."""
+        steps = max(1, int(trainer.estimated_stepping_batches))
+        batches = -(-len(loader.dataset) // (loader.batch_size or 1))  # type: ignore[arg-type]
+        done = self.schedule.steps_done
+        self.crafting.schedule = Schedule(1, steps, batches, self._chosen.pgd_steps, done)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count optimiser steps."""
+        self.schedule.steps_done = trainer.global_step
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Mislead the trained network with every image, and write the poison."""
+        if not self.path.exists():
+            losses = list(self.attack.noise_phase(self._every_image(trainer, pl_module), 0))
+            log.info("tap: mean loss of the misled surrogate %.4f", _mean(losses))
+        super().on_train_end(trainer, pl_module)
+
+    def _every_image(self, trainer: Any, pl_module: Any) -> Any:
+        """Yield raw batches that hold each image once; the loader's own may drop the last ones."""
+        own = training_loader(trainer)
+        loader: DataLoader[Any] = DataLoader(
+            own.dataset, own.batch_size, num_workers=own.num_workers, collate_fn=own.collate_fn
+        )
+        for batch in loader:
+            yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+
+
+def crafter(config: CraftConfig | ErrorMinConfig | TapConfig, **changes: Any) -> CraftPoison:
+    """Return the callback that crafts what a configuration says.
+
+    Args:
+        config: the settings.
+        changes: settings that are to be others.
+    """
+    classes: dict[type[Any], type[CraftPoison]] = {
+        ErrorMinConfig: CraftErrorMin,
+        TapConfig: CraftTap,
+    }
+    return classes.get(type(config), CraftPoison)(**{**vars(config), **changes})
+
+
+def _count_classes(dataset: Any) -> int:
+    names, known = class_names(dataset), labels(dataset)
+    assert known is not None
+    return max(len(names or ()), int(known.max()) + 1)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean())
