@@ -77,8 +77,8 @@ def _for_hydra(overrides: Sequence[str]) -> tuple[str, ...]:
     for override in overrides:
         if not override.lstrip("+~").startswith("hydra"):
             raise UserError(
-                f"a study takes overrides for Hydra alone on its command line, such as "
-                f"hydra/launcher=joblib; got {override}: what is trained stands in the study's file."
+                "a study takes overrides for Hydra alone, such as hydra/launcher=joblib; got "
+                f"{override}: what is trained stands in the study's file."
             )
     return tuple(overrides)
 

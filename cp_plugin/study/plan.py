@@ -187,7 +187,9 @@ def _levels(cells: Mapping[str, Cell]) -> dict[str, int]:
 
     def level(name: str) -> int:
         if name not in levels:
-            levels[name] = 1 + max((level(other) for other in cells[name].needs.values()), default=-1)
+            levels[name] = 1 + max(
+                (level(other) for other in cells[name].needs.values()), default=-1
+            )
         return levels[name]
 
     for name in cells:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # what OmegaConf raises
 
 from cp_plugin.config import UserError
 from cp_plugin.paths import shipped
@@ -79,12 +81,12 @@ def read(config: str) -> StudySettings:
     """
     path = _find(config)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold the keys of a study, such as poisons and grid.")
-    return parse({"name": path.stem, **values})
+    return parse({"name": path.stem, **{str(key): value for key, value in values.items()}})
 
 
 def parse(values: Mapping[str, Any]) -> StudySettings:

@@ -135,7 +135,7 @@ def _ready(place: Folder, cells: dict[str, Cell], cell: Cell) -> bool:
 
 
 if __name__ == "__main__":
-    # By its own name: a class of `__main__` could not be found again by the processes of a launcher.
+    # By its own name: other processes would not find a class of `__main__`.
     from cp_plugin.study import worker
 
     worker.main(Path(sys.argv[1]), sys.argv[2], tuple(sys.argv[3:]))
