@@ -7,15 +7,13 @@ call, within seconds, and keeps the result on disk.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,12 +29,9 @@ SIXTHS, MIDDLE = np.float32(6 * 256 / 255), np.float32(0.5 * 6 / 255)
 LOST, KEPT = np.float32(hue.HALF), np.float32(1 - hue.HALF)
 TINY, HUGE, ALMOST_ONE = (np.float32(n) for n in (hue.TINY, hue.HUGE, hue.ALMOST_ONE))
 
-_most_threads = numba.get_num_threads()
-_one_at_a_time = threading.Lock()
-"""The simplest of Numba's threading layers stands no second caller."""
 _inlined: Any = njit(inline="always", fastmath=True)
 _pixels: Any = njit(fastmath=True)
-_images: Any = njit(parallel=True, cache=True, nogil=True)
+_images: Any = njit(cache=True, nogil=True)
 
 
 class Plan(NamedTuple):
@@ -70,28 +65,34 @@ def forward(images: Tensor, plan: Plan) -> Tensor:
         (B, 3, H, W).
     """
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    with _threads():
-        _forward(_array(images), _array(out), *plan)
+    _in_threads(_forward, _array(images), _array(out), plan)
     return out
 
 
 def backward(images: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     """Return the gradient (B, 3, H, W) of the images from that of `forward`'s result."""
     out = grad.clone(memory_format=torch.contiguous_format)
-    with _threads():
-        _backward(_array(images), _array(out), *plan)
+    _in_threads(_backward, _array(images), _array(out), plan)
     return out
 
 
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Use as many threads as torch does."""
-    with _one_at_a_time:
-        numba.set_num_threads(min(torch.get_num_threads(), _most_threads))
-        try:
-            yield
-        finally:
-            numba.set_num_threads(_most_threads)
+def _in_threads(kernel: Callable[..., None], source: Array, target: Array, plan: Plan) -> None:
+    """Give every thread of torch's number a part of the batch.
+
+    Numba's own threads spin while they wait, and take the processor from torch's.
+    """
+    each = -(-len(source) // torch.get_num_threads())
+    parts = [slice(start, start + each) for start in range(0, len(source), each)]
+
+    def run(part: slice) -> None:
+        own = Plan(plan.order[part], plan.factor[part], plan.bias[part], plan.grey, plan.quantised)
+        kernel(source[part], target[part], *own)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        others = [pool.submit(run, part) for part in parts[1:]]
+        run(parts[0])
+        for other in others:
+            other.result()
 
 
 def _array(images: Tensor) -> Array:
@@ -101,7 +102,7 @@ def _array(images: Tensor) -> Array:
 
 @_images
 def _forward(images, outs, order, factor, bias, grey, quantised):  # type: ignore[no-untyped-def]
-    for b in prange(len(images)):
+    for b in range(len(images)):
         now, out = images[b].copy(), outs[b]
         for kind in order[b]:
             if kind < 0:
@@ -118,7 +119,7 @@ def _forward(images, outs, order, factor, bias, grey, quantised):  # type: ignor
 @_images
 def _backward(images, grads, order, factor, bias, grey, quantised):  # type: ignore[no-untyped-def]
     steps = order.shape[1]
-    for b in prange(len(images)):
+    for b in range(len(images)):
         tape = np.empty((steps + 1, images.shape[1], images.shape[2]), np.float32)
         tape[0] = images[b]
         for step in range(steps):
