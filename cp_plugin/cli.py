@@ -1,4 +1,4 @@
-"""The command line: `cp-plugin demo | pretrain | evaluate | export | inspect | import | doctor`."""
+"""The command line: `cp-plugin demo | pretrain | evaluate | study | report | …`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,41 @@ def import_(
         raise UserError(f"--eps must be a number such as 8/255, got {eps!r}.") from None
     poison = import_poison(file, out, dataset, data, budget)
     print(f"{len(poison.perturbation)} rows, one a {poison.granularity}, in {out}")
+
+
+@app.command(context_settings=PASS_ON)
+def study(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a study that comes along: photos.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; default: cp-study-NAME.")
+    ] = None,
+) -> None:
+    """Run a grid of poisons, victims and defences; the same command goes on where it was.
+
+    What follows is for Hydra, such as `hydra/launcher=joblib hydra.launcher.n_jobs=2`.
+    """
+    from cp_plugin.study import study as run_study
+
+    result = run_study(config, out, context.args)
+    for name, reason in result["unfinished"].items():
+        print(f"cp-plugin: {name} has no result: {reason}", file=sys.stderr)
+    if result["unfinished"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a study, a demo, or any runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where the files go; default: there.")] = None,
+) -> None:
+    """Write one HTML page and a Markdown file: tables, curves, images, spectra, features."""
+    from cp_plugin.report import report as write
+
+    for file in write(folder, out):
+        print(file)
 
 
 @app.command()
