@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cp_plugin.config import AlternationConfig
+from cp_plugin.config import AlternationConfig, UserError
 from cp_plugin.host import Batch, Host
 from cp_plugin.mirror import Mirror
 from cp_plugin.perturbation import Perturbation
@@ -30,6 +30,7 @@ class Schedule:
     rounds: int
     model_steps: int
     noise_steps: int
+    """0: there is no noise phase, the model phase moves delta."""
     pgd_steps: int
     steps_done: int = 0
     """Optimiser steps of the surrogate so far."""
@@ -47,7 +48,7 @@ class Schedule:
     def model_step(self) -> bool:
         """Count an optimiser step; return True when a noise phase is due."""
         self.steps_done += 1
-        return self.steps_done % self.model_steps == 0
+        return self.noise_steps > 0 and self.steps_done % self.model_steps == 0
 
     def image_passes(self, batch_size: int, views: int) -> int:
         """Return how many images go forward and backward through the network in all rounds."""
@@ -132,20 +133,31 @@ class Attack:
         self.rows, self.config, self.seed = rows, config, seed
         self._generator = torch.Generator()
         momentum = host.momentum_modules() if config.releases else ()
+        if config.joint and momentum:
+            raise UserError(
+                "poison.schedule=joint cannot open a momentum branch, whose weights move in the "
+                "same step; add poison.dual_branch=false, or use poison.schedule=alternate."
+            )
         self._release = release(host.module, momentum)
         self._checked = False
+        self.moved = False
+        """Whether any gradient has reached delta."""
 
     def views(self, batch: Batch, step: int) -> list[Tensor]:
         """Return the poisoned, mirrored views of a batch for the host's own training step.
+
+        With a joint schedule the backward pass of that step moves delta.
 
         Args:
             batch: on the host's device.
             step: batches of the model phase so far; fixes the augmentations that are drawn.
         """
-        with torch.no_grad():
-            own = share().positions(len(batch.images))
-            delta = self.perturbation.gather(self.rows.of_batch(batch)[own])
-            return self._mirrored(poisoned(batch.images, delta), "model", step)
+        rows_U, inverse_B = self._rows_of(batch)
+        with torch.set_grad_enabled(self.config.joint):
+            delta = self.perturbation.gather(rows_U)
+            if self.config.joint:
+                delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))
+            return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
 
     def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
         """Optimise delta on each batch, weights fixed; yields the mean loss of each.
@@ -164,8 +176,7 @@ class Attack:
     def _noise_batch(
         self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
     ) -> Tensor:
-        rows_U, inverse_B = torch.unique(self.rows.of_batch(batch), return_inverse=True)
-        inverse_B = inverse_B[share().positions(len(batch.images))]
+        rows_U, inverse_B = self._rows_of(batch)
         losses = []
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U).requires_grad_()
@@ -178,10 +189,19 @@ class Attack:
                 self._checked = True
             (gradient,) = torch.autograd.grad(loss, delta)
             restore()
-            gradient = summed(gradient)
-            self.perturbation.descend(rows_U, gradient, self.config.step_size * self.config.eps)
+            self._descend(rows_U, gradient)
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
+
+    def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the rows of all processes' images, once each, and where each own image's is."""
+        rows_U, inverse = torch.unique(self.rows.of_batch(batch), return_inverse=True)
+        return rows_U, inverse[share().positions(len(batch.images))]
+
+    def _descend(self, rows_U: Tensor, gradient: Tensor) -> None:
+        step = self.config.step_size * self.config.eps
+        self.perturbation.descend(rows_U, summed(gradient), step)
+        self.moved = True
 
     def _mirrored(self, images: Tensor, *draw: int | str) -> list[Tensor]:
         self._generator.manual_seed(_seed(self.seed, *draw))

@@ -19,6 +19,7 @@ RowType = Literal["float32", "float16", "int8"]
 EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
 Distribution = Literal["uniform", "gaussian"]
+Order = Literal["alternate", "joint"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -87,6 +88,11 @@ class AlternationConfig:
             )
 
     @property
+    def joint(self) -> bool:
+        """Whether one backward pass serves the surrogate and the perturbation."""
+        return False
+
+    @property
     def releases(self) -> bool:
         """Whether gradients reach delta through a momentum branch."""
         return False
@@ -99,10 +105,27 @@ class CraftConfig(AlternationConfig):
     Granularity `sample` is CP-S, `class` is CP-C.
     """
 
+    schedule: Order = "alternate"
+    """`alternate`: M steps of the model, then N batches of noise, as in the paper; `joint`: the
+    backward pass of each step of the model moves delta too, and there is no noise phase."""
     dual_branch: bool = True
     """Let gradients reach delta through the momentum branch too; no effect without one."""
     momentum_modules: str | tuple[str, ...] = "auto"
     """Names of the momentum branch's modules, or `auto`."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        one_of("schedule", self.schedule, get_args(Order))
+
+    @property
+    def joint(self) -> bool:
+        """Whether one backward pass serves the surrogate and the perturbation."""
+        return self.schedule == "joint"
 
     @property
     def releases(self) -> bool:

@@ -204,10 +204,11 @@ class Crafting:
     def _schedule(self, batches: int, accumulated: int) -> Schedule:
         config = self.config
         an_epoch = max(1, -(-batches // accumulated))
+        noise_steps = batches if config.noise_steps == EPOCH else config.noise_steps
         return Schedule(
             config.rounds,
             an_epoch if config.model_steps == EPOCH else config.model_steps,
-            batches if config.noise_steps == EPOCH else config.noise_steps,
+            0 if config.joint else noise_steps,
             config.pgd_steps,
             self._steps_done,
         )
@@ -215,6 +216,7 @@ class Crafting:
     def _info(self) -> dict[str, str]:
         schedule = {
             "rounds": self.schedule.rounds,
+            "joint": self.config.joint,
             "model_steps": self.schedule.model_steps,
             "noise_steps": self.schedule.noise_steps,
             "pgd_steps": self.schedule.pgd_steps,

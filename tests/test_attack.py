@@ -210,3 +210,48 @@ def test_image_passes_of_the_papers_settings():
     sample_wise = Schedule(rounds=200, model_steps=97, noise_steps=97, pgd_steps=5)
     passes = class_wise.image_passes(512, 2) + sample_wise.image_passes(512, 2)
     assert passes == pytest.approx(160e6, rel=0.02)
+
+
+def test_joint_moves_delta_by_the_backward_pass_of_the_model():
+    alternate, joint = attack_on(), attack_on(schedule="joint")
+    batch = batch_of([0, 1, 2, 2])
+    before = joint.perturbation.gather(torch.arange(8)).clone()
+    plain, views = alternate.views(batch, 7), joint.views(batch, 7)
+    for one, other in zip(plain, views, strict=True):
+        assert torch.equal(one, other)
+    weights, stepped = [], []
+    for attack, given, found in ((alternate, plain, weights), (joint, views, stepped)):
+        attack.host.loss(given, batch).backward()
+        found += [weight.grad for weight in attack.host.module.parameters()]
+    # The surrogate trains as if delta stood still.
+    for one, other in zip(weights, stepped, strict=True):
+        assert torch.equal(one, other)
+    delta = before[:3].clone().requires_grad_()
+    images = poisoned(batch.images, delta[torch.tensor([0, 1, 2, 2])])
+    loss = joint.host.loss(joint._mirrored(images, "model", 7), batch)
+    (gradient,) = torch.autograd.grad(loss, delta)
+    expected = (before[:3] - 0.1 * EPS * gradient.sign()).clamp(-EPS, EPS)
+    after = joint.perturbation.gather(torch.arange(8))
+    assert joint.moved
+    torch.testing.assert_close(after[:3], expected, atol=2e-4, rtol=0)  # rows are float16
+    assert torch.equal(after[3:], before[3:])
+
+
+def test_joint_has_no_noise_phase():
+    schedule = Schedule(rounds=3, model_steps=2, noise_steps=0, pgd_steps=5)
+    assert [schedule.model_step() for _ in range(6)] == [False] * 6
+    assert schedule.finished
+    assert schedule.image_passes(batch_size=10, views=2) == 120
+
+
+def test_joint_refuses_a_momentum_branch():
+    class WithMomentum(PlainHost):
+        def momentum_modules(self):
+            return (self.module.head,)
+
+    config = CraftConfig(granularity="class", schedule="joint")
+    attack = attack_on()
+    parts = (attack.mirror, attack.perturbation, attack.rows)
+    with pytest.raises(ValueError, match="dual_branch=false"):
+        Attack(WithMomentum(), *parts, config, seed=0)
+    Attack(WithMomentum(), *parts, CraftConfig(schedule="joint", dual_branch=False), seed=0)

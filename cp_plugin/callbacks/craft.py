@@ -142,6 +142,12 @@ class CraftPoison(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             pl_module.log("cp_model_loss", loss.detach(), prog_bar=True, batch_size=1)
+        if self.config.joint and not self.attack.moved:
+            raise UserError(
+                "poison.schedule=joint found no gradient from the loss to the views: "
+                f"{type(pl_module).__name__}.training_step detaches them, or computes its loss "
+                "without a graph; use poison.schedule=alternate, which says more."
+            )
         if self.schedule.model_step():
             noise_loss = self._noise_phase(trainer, pl_module)
             pl_module.log("cp_noise_loss", noise_loss, prog_bar=True, batch_size=1)
@@ -204,7 +210,9 @@ class CraftPoison(Callback):
             if not self._settled:
                 # Not before: hooks of the module may freeze or build networks as training starts.
                 self._settled = True
-                self._host.settle(made, batch, self.crafting.labels_of(batch))
+                self._host.settle(
+                    [view.detach() for view in made], batch, self.crafting.labels_of(batch)
+                )
                 self.crafting.rebind()
             return made
 
