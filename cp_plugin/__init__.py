@@ -1,8 +1,8 @@
 """Contrastive poisoning for the self-supervised learning frameworks that people already use.
 
-`CraftPoison`, `InjectPoison` and `KNNMonitor` are Lightning callbacks; `PoisonLoop` and `poisoned`
-serve loops written by hand; `Poison` is a poison file. They are imported at first use, so that
-`import cp_plugin` stays cheap.
+`CraftPoison`, `InjectPoison`, `Defence` and `KNNMonitor` are Lightning callbacks; `PoisonLoop`,
+`poisoned` and `defended` serve loops written by hand; `Poison` is a poison file. They are imported
+at first use, so that `import cp_plugin` stays cheap.
 """
 
 from __future__ import annotations
@@ -11,14 +11,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cp_plugin.callbacks import CraftPoison, InjectPoison, KNNMonitor
+    from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor
+    from cp_plugin.defences import defended
     from cp_plugin.loop import PoisonLoop, poisoned
     from cp_plugin.poison import Poison
 
-__all__ = ["CraftPoison", "InjectPoison", "KNNMonitor", "Poison", "PoisonLoop", "poisoned"]
+__all__ = [
+    "CraftPoison",
+    "Defence",
+    "InjectPoison",
+    "KNNMonitor",
+    "Poison",
+    "PoisonLoop",
+    "defended",
+    "poisoned",
+]
 
 _HOME = {
     "CraftPoison": "cp_plugin.callbacks",
+    "Defence": "cp_plugin.callbacks",
+    "defended": "cp_plugin.defences",
     "InjectPoison": "cp_plugin.callbacks",
     "KNNMonitor": "cp_plugin.callbacks",
     "Poison": "cp_plugin.poison",

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from cp_plugin.config import UserError
 from cp_plugin.paths import shipped
 
-GROUPS = ("poison", "monitor")
+GROUPS = ("poison", "defence", "monitor")
 OWN_APPLICATION = "cp_plugin.hydra_app"
 PROVIDER = "cp-plugin"
 EXIT_CODE = 2
@@ -28,7 +28,7 @@ EXIT_CODE = 2
 
 @dataclass
 class Job:
-    """One run of a served application with a poison or a monitor."""
+    """One run of a served application with a poison, a defence or a monitor."""
 
     callbacks: Callable[[], list[Any]] | None = None
     """Builds the callbacks; None until the application has read its configuration."""
@@ -43,7 +43,7 @@ _own_application = False
 
 
 def start(config: Any, task_function: Callable[..., Any]) -> None:
-    """Prepare an application in which a poison or a monitor is selected.
+    """Prepare an application in which a poison, a defence or a monitor is selected.
 
     Ends the process with one sentence if the application is not one that is served: it would train
     clean under a poison's name.
@@ -88,7 +88,10 @@ def finish(job_return: Any) -> None:
     if isinstance(result, UserError):
         stop(str(result).rsplit("UserError: ", 1)[-1].strip())
     if not isinstance(result, BaseException) and job.trainers == 0:
-        stop("a poison or monitor is selected, but the application has made no Lightning trainer.")
+        stop(
+            "a poison, defence or monitor is selected, but the application has made no Lightning "
+            "trainer."
+        )
 
 
 def trainer_callbacks() -> list[Any]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from cp_plugin.baselines import draw
-from cp_plugin.callbacks import CraftPoison, InjectPoison, KNNMonitor, MirrorViews
+from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
 from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.callbacks.progress import RunProgress
 from cp_plugin.callbacks.supervised import crafter
@@ -28,7 +28,7 @@ from cp_plugin.labelled_methods import check_method, name_classes
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
 from cp_plugin.provenance import command, hardware, versions
-from cp_plugin.selection import CRAFTED, Selection
+from cp_plugin.selection import CRAFTED, GROUPS, Selection
 
 log = logging.getLogger("cp_plugin")
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Craft a poison, train a victim or a clean baseline, as the configuration says.
 
     Args:
-        cfg: solo-learn's schema, with the groups `poison` and `monitor` where they are selected.
+        cfg: solo-learn's schema, with the groups `poison`, `monitor` and `defence` where selected.
 
     Returns:
         What is in `result.json`, with the run's folder as `folder`.
@@ -101,12 +101,13 @@ def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
     """
     selection, settings = _selection(cfg), complete(_without_gpu(cfg))
     check_method(selection, settings)
+    selection.check_method(settings.method)
     return selection, settings
 
 
 def _selection(cfg: DictConfig) -> Selection:
     groups = []
-    for group in ("poison", "monitor"):
+    for group in GROUPS:
         node = OmegaConf.select(cfg, group, default=None)
         groups.append(OmegaConf.to_container(node) if isinstance(node, DictConfig) else None)
     return Selection.of(*groups)  # type: ignore[arg-type]
@@ -203,6 +204,8 @@ def _callbacks(
             if not (folder / POISON_FILE).exists():
                 drawn.save(folder / POISON_FILE)
             callbacks.append(InjectPoison(drawn))
+        if selection.defence is not None:
+            callbacks.append(Defence(selection.defence_name, **vars(selection.defence)))
         if augment == "mirror":
             callbacks.append(MirrorViews())
     if selection.monitor is not None:
@@ -219,7 +222,7 @@ def _callbacks(
                 save_on_train_epoch_end=True,
             )
         )
-    return [*callbacks, RunProgress(f"{cfg.method} {selection.name}")]
+    return [*callbacks, RunProgress(f"{cfg.method} {selection.label}")]
 
 
 def _test_set(test: Any) -> Any:
@@ -257,6 +260,8 @@ def _result(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "poison": selection.name,
+        "defence": selection.defence_name,
+        "defence_settings": None if selection.defence is None else vars(selection.defence),
         "granularity": None,
         "eps": None,
         "fraction": None,
@@ -271,6 +276,8 @@ def _result(
         if isinstance(callback, (CraftPoison, InjectPoison)):
             poison = callback.poison()
             result.update(_of_poison(poison))
+        if isinstance(callback, Defence):
+            result["defence_facts"] = callback.facts()
         if isinstance(callback, RunProgress):
             result["resumed_from_step"] = callback.first_step
         if isinstance(callback, KNNMonitor):

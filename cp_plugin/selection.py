@@ -1,4 +1,4 @@
-"""Which poison and which monitor a configuration selects."""
+"""Which poison, which monitor and which defence a configuration selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from cp_plugin.config import (
     UserError,
     build,
 )
+from cp_plugin.defence_config import Settings as DefenceSettings
+from cp_plugin.defence_config import check_defence, defence_settings
 
+GROUPS = ("poison", "monitor", "defence")
+"""The configuration's groups, in the order in which `Selection.of` takes them."""
 CRAFTS = ("cp", "cp_class", "cp_byol")
 CRAFTED = (CraftConfig, ErrorMinConfig, TapConfig)
 """Settings of poisons that need a surrogate."""
@@ -37,23 +41,32 @@ KINDS: dict[str, type[Any] | None] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The groups `poison` and `monitor` of a configuration, checked."""
+    """The groups `poison`, `monitor` and `defence` of a configuration, checked."""
 
     name: str
     """The poison's name; `none` where there is none."""
     poison: Settings | None
     monitor: MonitorConfig | None
+    defence_name: str = "none"
+    """The defence's name; `none` where there is none."""
+    defence: DefenceSettings | None = None
 
     @classmethod
-    def of(cls, poison: Mapping[str, Any] | None, monitor: Mapping[str, Any] | None) -> Selection:
-        """Check the two groups.
+    def of(
+        cls,
+        poison: Mapping[str, Any] | None,
+        monitor: Mapping[str, Any] | None,
+        defence: Mapping[str, Any] | None = None,
+    ) -> Selection:
+        """Check the groups.
 
         Args:
             poison: the group `poison` as plain values, with its `name`; None is `none`.
             monitor: the group `monitor`, or None.
+            defence: the group `defence` as plain values, with its `name`; None is `none`.
 
         Raises:
-            UserError: an unknown name or key, or a value out of range.
+            UserError: an unknown name or key, a value out of range, or a defence for a surrogate.
         """
         values = dict(poison or {"name": "none"})
         name = str(values.pop("name", None))
@@ -65,11 +78,29 @@ class Selection:
         if kind is None and values:
             raise UserError(f"poison.{next(iter(values))} is not a setting of poison=none.")
         settings = None if kind is None else build(kind, values)
-        watched = dict(monitor) if monitor else None
-        if watched is not None:
-            watched.pop("name", None)
-            return cls(name, settings, build(MonitorConfig, watched, "monitor"))
-        return cls(name, settings, None)
+        watched = None
+        if monitor:
+            given = {key: value for key, value in monitor.items() if key != "name"}
+            watched = build(MonitorConfig, given, "monitor")
+        defending = dict(defence or {"name": "none"})
+        defence_name = str(defending.pop("name", None))
+        chosen = cls(
+            name, settings, watched, defence_name, defence_settings(defence_name, defending)
+        )
+        if chosen.crafts and chosen.defence is not None:
+            raise UserError(
+                f"defence={defence_name} belongs to a victim, and poison={name} crafts a poison; "
+                "craft without it, then train on poison=inject with it."
+            )
+        return chosen
+
+    def check_method(self, method: str) -> None:
+        """Check that a victim's method can have the defence.
+
+        Raises:
+            UserError: it cannot; the reason is given.
+        """
+        check_defence(self.defence_name, method)
 
     @property
     def crafts(self) -> bool:
@@ -77,9 +108,14 @@ class Selection:
         return isinstance(self.poison, CRAFTED)
 
     def tag(self, settings: Mapping[str, Any]) -> str:
-        """Return `<poison>-<8 hex digits>`, depending on all settings and on the poison file."""
+        """Return `<poison>[-<defence>]-<8 hex digits>`: of all settings and the poison file."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for path in (getattr(self.poison, "path", None), getattr(self.poison, "init", None)):
             if path and path != "random" and Path(path).is_file():
                 digest.update(Path(path).read_bytes())
-        return f"{self.name}-{digest.hexdigest()[:8]}"
+        return f"{self.label}-{digest.hexdigest()[:8]}"
+
+    @property
+    def label(self) -> str:
+        """The poison's name, and the defence's where there is one."""
+        return self.name if self.defence is None else f"{self.name}-{self.defence_name}"

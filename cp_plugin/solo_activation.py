@@ -1,7 +1,8 @@
-"""solo-learn's `main_pretrain.py` and `main_linear.py` with a poison or a monitor selected.
+"""solo-learn's `main_pretrain.py` and `main_linear.py` with a poison, defence or monitor selected.
 
 Hydra gives `main` a configuration that no callback can reach, so what `main` calls first, its
-`parse_cfg`, is wrapped for the time of the job; nothing else of solo-learn is exchanged.
+`parse_cfg`, is wrapped for the time of the job, and so is `prepare_dataloader`, whose images are
+looked at before anything is written; nothing else of solo-learn is exchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,27 @@ from cp_plugin.activation import Job
 from cp_plugin.adapters.solo import check_served
 from cp_plugin.adapters.solo_backbones import PREFIX, add_timm_backbone
 from cp_plugin.baseline_config import ErrorMinConfig, SyntheticConfig, TapConfig
-from cp_plugin.callbacks import CraftPoison, InjectPoison, KNNMonitor, MirrorViews
+from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
 from cp_plugin.callbacks.base import POISON_FILE, Callback
 from cp_plugin.callbacks.draw import DrawPoison
 from cp_plugin.callbacks.journal import Journal
 from cp_plugin.config import EPOCH, CraftConfig, InjectConfig, RandomConfig, UserError
 from cp_plugin.patching import patches
 from cp_plugin.poison import Poison
-from cp_plugin.selection import Selection
+from cp_plugin.selection import GROUPS, Selection
+from cp_plugin.solo_data import checked
 
 log = logging.getLogger("cp_plugin")
 
 PARSERS = {"solo.args.pretrain": "pretrain", "solo.args.linear": "linear"}
+LOADER = "prepare_dataloader"
 NOT_IN_NAME = (
     *("auto_resume", "checkpoint", "resume_from_checkpoint", "wandb", "debug_augmentations"),
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm", "dali"),
 )
 """Settings that do not make another run: where it is kept, what it is computed on."""
+MIXTURES = ("mixup", "cutmix")
+"""Defences that `main_linear.py` has of its own, by these names."""
 CROPS = {"cifar10": 32, "cifar100": 32, "stl10": 96}
 DEFAULT_CROP = 224
 
@@ -54,13 +60,15 @@ def wrap_parser(main: Callable[..., Any], job: Job) -> bool:
     for name, value in list(names.items()):
         kind = PARSERS.get(getattr(value, "__module__", ""))
         if kind is not None and getattr(value, "__name__", "") == "parse_cfg":
-            names[name] = _wrapped(value, kind, job)
+            names[name] = _wrapped(value, kind, job, names)
             job.undo.append(functools.partial(names.__setitem__, name, value))
             return True
     return False
 
 
-def _wrapped(parse: Callable[[Any], Any], kind: str, job: Job) -> Callable[[Any], Any]:
+def _wrapped(
+    parse: Callable[[Any], Any], kind: str, job: Job, names: dict[str, Any]
+) -> Callable[[Any], Any]:
     @functools.wraps(parse)
     def parse_cfg(cfg: DictConfig) -> Any:
         OmegaConf.set_struct(cfg, False)
@@ -77,7 +85,11 @@ def _wrapped(parse: Callable[[Any], Any], kind: str, job: Job) -> Callable[[Any]
         parsed = parse(cfg)
         folder = _own_folder(parsed)
         _check_folder(selection, folder)
-        job.callbacks = functools.partial(build_callbacks, parsed, selection, folder)
+        defended = selection if kind == "pretrain" else replace(selection, defence=None)
+        job.callbacks = functools.partial(build_callbacks, parsed, defended, folder)
+        if LOADER in names:
+            job.undo.append(functools.partial(names.__setitem__, LOADER, names[LOADER]))
+            names[LOADER] = checked(names[LOADER], selection, str(parsed.method))
         return parsed
 
     return parse_cfg
@@ -85,7 +97,7 @@ def _wrapped(parse: Callable[[Any], Any], kind: str, job: Job) -> Callable[[Any]
 
 def _selection(cfg: DictConfig) -> Selection:
     groups = []
-    for group in ("poison", "monitor"):
+    for group in GROUPS:
         node = cfg.get(group)
         groups.append(OmegaConf.to_container(node) if isinstance(node, DictConfig) else None)
     return Selection.of(*groups)  # type: ignore[arg-type]
@@ -105,6 +117,7 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
             f"craft it with `cp-plugin pretrain --config-name supervised +poison={selection.name}` "
             "and use it here with +poison=inject."
         )
+    selection.check_method(str(cfg.method))
     if selection.crafts:
         check_served(cfg.method)
     if unlabelled and isinstance(poison, SyntheticConfig):
@@ -129,11 +142,19 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
 
 
 def _check_linear(cfg: DictConfig, selection: Selection) -> None:
-    """Let a linear probe have timm backbones and nothing else.
+    """Let a linear probe have timm backbones, and fine-tuning the mixtures that solo-learn has.
 
     Raises:
-        UserError: a poison or a monitor is selected.
+        UserError: a poison, a monitor or another defence is selected.
     """
+    if selection.defence is not None:
+        if selection.defence_name not in MIXTURES or not cfg.get("finetune"):
+            raise UserError(
+                f"main_linear.py trains on clean images, where defence={selection.defence_name} "
+                f"is not served; only {' and '.join(MIXTURES)} are, with finetune=True. Select "
+                "defences in main_pretrain.py."
+            )
+        cfg[selection.defence_name] = selection.defence.alpha  # type: ignore[union-attr]
     if selection.name != "none" or selection.monitor is not None:
         raise UserError(
             "main_linear.py fits a probe on clean images, for which only +poison=none is of use "
@@ -212,7 +233,7 @@ def build_callbacks(cfg: DictConfig, selection: Selection, folder: Path | None) 
 
     Args:
         cfg: solo-learn's parsed configuration.
-        selection: the poison and the monitor.
+        selection: the poison, the monitor and the defence.
         folder: where the run leaves its files; None: beside its checkpoints.
     """
     made: list[Callback] = []
@@ -226,6 +247,8 @@ def build_callbacks(cfg: DictConfig, selection: Selection, folder: Path | None) 
         made.append(InjectPoison(poison.path, poison.fraction, folder))
     elif isinstance(poison, (RandomConfig, SyntheticConfig)):
         made.append(DrawPoison(poison, folder))
+    if selection.defence is not None:
+        made.append(Defence(selection.defence_name, **vars(selection.defence)))
     if cfg.get("augment") == "mirror" and not selection.crafts:
         made.append(MirrorViews())
     return [*made, First(made)]

@@ -12,6 +12,7 @@ import cp_plugin
 PACKAGE = Path(cp_plugin.__file__).parent
 LAYERS = {
     "config": 0,
+    "defence_config": 0,
     "baseline_config": 0,
     "paths": 0,
     "provenance": 0,
@@ -28,17 +29,21 @@ LAYERS = {
     "selection": 1,
     "data": 2,
     "mirror": 2,
+    "defences": 2,
     "evaluate": 2,
     "banks": 3,
     "baselines": 3,
     "attack": 3,
     "adapters": 3,
     "crafting": 3,
+    "finetune": 4,
     "engine": 3,
     "callbacks": 4,
     "loop": 4,
     "activation": 5,
     "solo_activation": 5,
+    "solo_checkpoints": 5,
+    "solo_data": 5,
     "patching": 5,
     "doctor": 5,
     "hydra_plugin": 5,
@@ -97,8 +102,9 @@ def test_importing_loads_nothing_heavy(module):
 
 
 def test_public_names_are_there():
-    callbacks = {"CraftPoison", "InjectPoison", "KNNMonitor"}
-    assert set(cp_plugin.__all__) == callbacks | {"Poison", "PoisonLoop", "poisoned"}
+    callbacks = {"CraftPoison", "Defence", "InjectPoison", "KNNMonitor"}
+    loops = {"PoisonLoop", "defended", "poisoned"}
+    assert set(cp_plugin.__all__) == callbacks | loops | {"Poison"}
     for name in cp_plugin.__all__:
         assert getattr(cp_plugin, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from cp_plugin.defences.privacy import with_group_norm
 from cp_plugin.engine.optimisation import build_optimizer, build_scheduler
 from cp_plugin.engine.settings import plain
 from cp_plugin.surrogates import feature_width, surrogate
@@ -39,7 +40,9 @@ class Method(LightningModule):
         self.save_hyperparameters({"cfg": plain(self.cfg), "image_size": image_size})
         settings = self.cfg.backbone
         self.backbone = surrogate(settings.name, image_size, **plain(settings.kwargs))
-        if not self.cfg.performance.disable_channel_last:
+        if OmegaConf.select(self.cfg, "defence.name") == "dp_sgd":
+            with_group_norm(self.backbone)  # gradients of single images have their own layout
+        elif not self.cfg.performance.disable_channel_last:
             self.backbone.to(memory_format=torch.channels_last)
         self.features = feature_width(self.backbone)
 

@@ -28,9 +28,14 @@ class Supervised(Method):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of a batch's labelled views, 0 where there are none."""
+        """Return the mean cross-entropy of a batch's labelled views, 0 where there are none.
+
+        Labels are int64 (B), or float (B, K) where they are mixed.
+        """
         views, labels = self.contiguous(list(batch[0])), batch[1]
         logits = self.forward(torch.cat(views))
+        if labels.ndim == 2:
+            return functional.cross_entropy(logits, labels.repeat(len(views), 1))
         targets = labels.clamp(min=UNLABELLED).repeat(len(views))
         total = functional.cross_entropy(logits, targets, ignore_index=UNLABELLED, reduction="sum")
         mean: Tensor = total / (targets >= 0).sum().clamp(min=1)

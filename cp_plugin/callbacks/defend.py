@@ -1,0 +1,276 @@
+"""A defence in the training of a victim, of any host that is a LightningModule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_plugin.adapters import adapt
+from cp_plugin.adapters.solo import is_solo
+from cp_plugin.callbacks.base import Callback, run_seed
+from cp_plugin.callbacks.batches import labels_of, views_of, with_views
+from cp_plugin.callbacks.craft import CraftPoison
+from cp_plugin.callbacks.feed import training_loader
+from cp_plugin.callbacks.inject import InjectPoison
+from cp_plugin.config import UserError
+from cp_plugin.data import Opened, class_names, labels
+from cp_plugin.data.markers import rebuilt
+from cp_plugin.defence_config import (
+    AdversarialConfig,
+    CutoutConfig,
+    DpSgdConfig,
+    MixupConfig,
+    NoiseConfig,
+    check_defence,
+    defence_settings,
+)
+from cp_plugin.defences import Cutout, GaussianNoise, Mixing, Pixels, adversarial_views
+from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
+from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
+from cp_plugin.mirror import Mirror, mirror
+from cp_plugin.release import release, untouched
+
+Step = Callable[..., Any]
+"""A module's `training_step`."""
+
+
+class Defence(Callback):
+    """Defend a victim: its images, its views, its labels or its gradients.
+
+    Stands after `InjectPoison` and before `MirrorViews` in the list of callbacks. Images are
+    changed in the training data set, before augmentation; views on the module's device, after it.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[InjectPoison("poison.safetensors"), Defence("noise")])
+    """
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        """Take the settings.
+
+        Args:
+            name: matrix_completion, adversarial, noise, smoothing, cutout, mixup, cutmix, dp_sgd
+                or none.
+            settings: those of the defence, by name, see `cp_plugin.defence_config`.
+
+        Raises:
+            UserError: an unknown name or setting, or a value out of range.
+        """
+        super().__init__()
+        self.name, self.config = name, defence_settings(name, settings)
+        self._undo: list[Callable[[], Any]] = []
+        self._private: Private | None = None
+        self._facts: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what the method cannot have; make a module ready for private training.
+
+        Raises:
+            UserError: the method has no loss that the defence could serve, or the module no place
+                for it.
+        """
+        if stage != "fit" or self.config is None:
+            return
+        self._check(trainer, pl_module)
+        if isinstance(self.config, DpSgdConfig):
+            require_opacus()
+            with_group_norm(pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the defence in.
+
+        Raises:
+            UserError: data set, views or labels do not fit it.
+        """
+        config, loader = self.config, training_loader(trainer)
+        if config is None:
+            return
+        if isinstance(loader.dataset, Opened):
+            raise UserError("Defence must stand before MirrorViews in the list of callbacks.")
+        if isinstance(config, IMAGE_DEFENCES):
+            size = mirror(Opened(loader.dataset, None).transform).crop_size
+            device = pl_module.device
+            changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
+            self._facts.update(facts)
+            self._exchange(trainer, loader, "dataset", changed)
+        elif isinstance(config, DpSgdConfig):
+            self._make_private(trainer, pl_module, loader, config)
+        else:
+            self._wrap_step(pl_module, self._defended_step(pl_module, loader.dataset))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give module and loader their own back."""
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give module and loader their own back when training breaks off."""
+        self._stop()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what the privacy accountant has seen."""
+        if self._private is not None:
+            checkpoint["cp_plugin_privacy"] = self._private.accountant.state_dict()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint was saved."""
+        self._spent = checkpoint.get("cp_plugin_privacy")
+
+    _spent: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was seen: seconds that completions took, the privacy budget spent."""
+        return {**self._facts, **(self._private.facts() if self._private else {})}
+
+    def _check(self, trainer: Any, module: Any) -> None:
+        if any(isinstance(callback, CraftPoison) for callback in trainer.callbacks):
+            raise UserError(
+                f"defence={self.name} belongs to a victim, and this run crafts a poison; craft "
+                "without it, then inject the poison into a defended run."
+            )
+        place = trainer.callbacks.index(self)
+        if any(isinstance(callback, InjectPoison) for callback in trainer.callbacks[place:]):
+            raise UserError("Defence must stand after InjectPoison in the list of callbacks.")
+        own = getattr(module, "cfg", None)
+        method = getattr(own, "method", None) if own is not None else None
+        if method is not None:
+            check_defence(self.name, str(method))
+
+    def _make_private(self, trainer: Any, module: Any, loader: Any, config: DpSgdConfig) -> None:
+        dataset = loader.dataset
+        twin = mirror(Opened(dataset, None).transform)
+        if twin.views != 1:
+            check_defence(self.name, type(module).__name__)
+        known = labels(dataset)
+        if known is None or bool((known < 0).any()):
+            raise UserError("defence=dp_sgd needs a label for every image; use labelled data.")
+        several = len(trainer.optimizers) != 1 or trainer.accumulate_grad_batches != 1
+        if several or trainer.world_size != 1:
+            raise UserError(
+                "defence=dp_sgd needs one optimizer, one process and accumulate_grad_batches=1."
+            )
+        steps = int(trainer.estimated_stepping_batches)
+        sizes = (len(dataset), int(loader.batch_size or 0), steps)
+        private = self._private = Private(module, trainer.optimizers[0], config, *sizes)
+        if self._spent is not None:
+            private.accountant.load_state_dict(self._spent)
+        own = trainer.strategy.optimizers
+        trainer.strategy.optimizers = [private.optimizer]
+        self._undo.append(lambda: setattr(trainer.strategy, "optimizers", own))
+        self._undo.append(private.stop)
+        sampler = private.sampler(int(trainer.num_training_batches), run_seed())
+        self._exchange(trainer, loader, "batch_sampler", sampler)
+
+    def _defended_step(self, module: Any, dataset: Any) -> Callable[[Step, Any, Any], Any]:
+        """Return what takes the module's own step, a batch and the rest, and runs it defended."""
+        config = self.config
+        if isinstance(config, MixupConfig):
+            return self._mixed_step(module, dataset, config)
+        if isinstance(config, AdversarialConfig):
+            return _Adversary(module, config, self._pixels(module, dataset)).step
+        change: GaussianNoise | Cutout
+        if isinstance(config, NoiseConfig):
+            change = GaussianNoise(config.std, self._pixels(module, dataset))
+        else:
+            assert isinstance(config, CutoutConfig)
+            change = Cutout(config.size)
+
+        def step(own: Step, batch: Any, rest: Any) -> Any:
+            return own(with_views(batch, [change(view) for view in views_of(batch)]), *rest)
+
+        return step
+
+    def _mixed_step(self, module: Any, dataset: Any, config: MixupConfig) -> Any:
+        twin = _mirror_of(dataset)
+        if getattr(module, "cfg", None) is None and twin.views != 1:
+            check_defence(self.name, type(module).__name__)
+        known = labels(dataset)
+        if known is None:
+            raise UserError(f"defence={self.name} mixes labels, and the data set has none.")
+        names = class_names(dataset)
+        mixing = Mixing(config, len(names) if names else int(known.max()) + 1)
+
+        def step(own: Step, batch: Any, rest: Any) -> Any:
+            targets = labels_of(batch)
+            views, mixed = mixing(views_of(batch), targets)
+            changed = rebuilt(batch, lambda value: mixed if value is targets else value)
+            return own(with_views(changed, views), *rest)
+
+        return step
+
+    def _pixels(self, module: Any, dataset: Any) -> Pixels:
+        """Return what black and white are in views, as the pipeline normalises them."""
+        twin = _mirror_of(dataset)
+        shape = (1, 3, 1, 1)
+        black, white = (twin.normalize(make(shape))[0] for make in (torch.zeros, torch.ones))
+        return Pixels(black, white).to(module.device)
+
+    def _wrap_step(self, module: Any, defended: Callable[[Step, Any, Any], Any]) -> None:
+        own = module.training_step
+
+        @functools.wraps(own)
+        def training_step(batch: Any, *rest: Any, **named: Any) -> Any:
+            return defended(functools.partial(own, **named), batch, rest)
+
+        before = vars(module).get("training_step")
+        vars(module)["training_step"] = training_step
+
+        def undo() -> None:
+            vars(module).pop("training_step", None)
+            if before is not None:
+                vars(module)["training_step"] = before
+
+        self._undo.append(undo)
+
+    def _exchange(self, trainer: Any, loader: Any, name: str, value: Any) -> None:
+        """Exchange a part of the loader until the end; a loader refuses it by ordinary means."""
+        before = getattr(loader, name)
+
+        def put(new: Any) -> None:
+            object.__setattr__(loader, name, new)
+            loader._iterator = None
+
+        def undo() -> None:
+            if getattr(loader, name) is value:  # else a callback before this one has been there
+                put(before)
+
+        put(value)
+        iter(trainer.fit_loop._data_fetcher)
+        self._undo.append(undo)
+
+    def _stop(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+class _Adversary:
+    """Runs a module's step on views that raise its loss."""
+
+    def __init__(self, module: Any, config: AdversarialConfig, pixels: Pixels) -> None:
+        self._module, self._config, self._pixels = module, config, pixels
+        self._host = adapt(module, with_views)
+
+    def step(self, own: Step, batch: Any, rest: Any) -> Any:
+        """Move the views in eval mode, the module left as it was; then train on them."""
+        views = views_of(batch)
+        module = self._module
+        with untouched(module) as found:
+            if not is_solo(module):  # a layer of solo-learn has no gradient in eval mode
+                module.eval()
+            released = release(module, self._host.momentum_modules())
+
+            def loss(moved: list[Tensor]) -> Tensor:
+                with released:
+                    output = own(with_views(batch, moved), *rest)
+                value = output["loss"] if isinstance(output, Mapping) else output
+                assert isinstance(value, Tensor)
+                return value
+
+            moved = adversarial_views(loss, views, self._config, self._pixels, found.restore)
+        return own(with_views(batch, moved), *rest)
+
+
+def _mirror_of(dataset: Any) -> Mirror:
+    return mirror(Opened(dataset, None).transform)

@@ -1,0 +1,31 @@
+"""Defences of a victim against poisons, for plain PyTorch; `Defence` puts them into Lightning.
+
+`defended` wraps a data set (matrix completion, smoothing); `Smoothing`, `GaussianNoise`, `Cutout`
+are transforms; `adversarial_views` moves views against a loss; `Mixing` mixes views and labels;
+`Private` and `with_group_norm` are differentially private SGD; `complete_images` is matrix
+completion itself.
+"""
+
+from cp_plugin.defences.completion import Completions, complete_images, completions_of
+from cp_plugin.defences.images import Smoothing, defended
+from cp_plugin.defences.lowrank import complete, soft_threshold
+from cp_plugin.defences.mixing import Mixing
+from cp_plugin.defences.privacy import Private, with_group_norm
+from cp_plugin.defences.views import Cutout, GaussianNoise, Pixels, adversarial_views
+
+__all__ = [
+    "Completions",
+    "Cutout",
+    "GaussianNoise",
+    "Mixing",
+    "Pixels",
+    "Private",
+    "Smoothing",
+    "adversarial_views",
+    "complete",
+    "complete_images",
+    "completions_of",
+    "defended",
+    "soft_threshold",
+    "with_group_norm",
+]

@@ -1,0 +1,118 @@
+"""Defences that change an image before its augmentation: in a data set, or as a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+
+from cp_plugin.config import UserError
+from cp_plugin.data import Poisoned
+from cp_plugin.defence_config import MatrixCompletionConfig, SmoothingConfig, defence_settings
+from cp_plugin.defences.completion import Completions
+
+IMAGE_DEFENCES = (MatrixCompletionConfig, SmoothingConfig)
+
+
+class Smoothing(nn.Module):
+    """Blur images with a Gaussian or a median window; borders are reflected.
+
+    Shape:
+        (C, H, W) or (B, C, H, W), uint8 or float, to the same.
+
+    Source: Xu, Evans, Qi, "Feature Squeezing", NDSS 2018.
+    """
+
+    def __init__(self, kind: str = "gaussian", size: int = 3, sigma: float = 1.0) -> None:
+        """Take the settings of `SmoothingConfig`.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        super().__init__()
+        self.config = SmoothingConfig(kind, size, sigma)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the blurred images."""
+        config = self.config
+        if config.kind == "gaussian":
+            window = [config.size, config.size]
+            blurred: Tensor = functional.gaussian_blur(images, window, [config.sigma] * 2)
+            return blurred
+        reach = config.size // 2
+        batch = images if images.ndim == 4 else images[None]
+        padded = nn.functional.pad(batch.float(), [reach] * 4, mode="reflect")
+        windows = padded.unfold(2, config.size, 1).unfold(3, config.size, 1)
+        median = windows.flatten(-2).median(-1).values.to(images.dtype)
+        return median.view_as(images)
+
+    def extra_repr(self) -> str:
+        """Name the settings."""
+        return f"{self.config.kind}, size={self.config.size}, sigma={self.config.sigma}"
+
+
+class _Smoothed:
+    """Smooths images of a data set; what `cp_plugin.data.Poisoned` calls."""
+
+    def __init__(self, config: SmoothingConfig) -> None:
+        self._smoothing = Smoothing(config.kind, config.size, config.sigma)
+
+    def __call__(self, image_CHW: Tensor, key: int, label: int) -> Tensor:
+        smoothed: Tensor = self._smoothing(image_CHW)
+        return smoothed
+
+    def many(self, images_BCHW: Tensor, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
+        smoothed: Tensor = self._smoothing(images_BCHW)
+        return smoothed
+
+
+def defended(
+    dataset: Any,
+    name: str,
+    *,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    **settings: Any,
+) -> Poisoned:
+    """Return a data set whose images are defended before its own transform.
+
+    Args:
+        dataset: a map-style data set of images, poisoned ones included; it stays as it is.
+        name: `matrix_completion` (all completions are made now) or `smoothing`.
+        image_size: side in pixels that images are brought to; None keeps their own.
+        device: where completions are computed.
+        seed: of the pixels that are dropped.
+        settings: those of the defence, by name, see `cp_plugin.defence_config`.
+
+    Raises:
+        UserError: another name, an unknown setting, or images that cannot be read.
+
+    Example:
+        >>> dataset = defended(ImageFolder("images", transform), "matrix_completion")
+    """
+    config = defence_settings(name, settings)
+    if not isinstance(config, IMAGE_DEFENCES):
+        raise UserError(
+            f"{name} does not change the images of a data set; defended serves matrix_completion "
+            "and smoothing, the others act on views and labels (see cp_plugin.defences)."
+        )
+    return with_images_changed(dataset, config, image_size, device, seed)[0]
+
+
+def with_images_changed(
+    dataset: Any,
+    config: MatrixCompletionConfig | SmoothingConfig,
+    image_size: int | None,
+    device: torch.device | str,
+    seed: int,
+) -> tuple[Poisoned, dict[str, float]]:
+    """Do what `defended` does, with checked settings; return what it took as well."""
+    if isinstance(config, SmoothingConfig):
+        smoothed = _Smoothed(config)
+        return Poisoned(dataset, smoothed, image_size, smoothed.many), {}
+    made = Completions(dataset, config, image_size, device, seed)
+    return Poisoned(dataset, made, image_size), {"completion_seconds": round(made.seconds, 2)}
