@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -132,6 +133,39 @@ def test_it_stays_held_with_another_transform_in_workers_and_opened(photos: Phot
     assert same(list(batch[0]), expected)
     opened = Opened(once, 32)
     assert same([opened[row].image for row in range(30)], expected)
+
+
+class Handle(Array):
+    """A data set that opens a file when it is first read, in the manner of h5."""
+
+    opened_by: int | None = None
+
+    def __getitem__(self, row: int) -> Any:
+        self.opened_by = self.opened_by or os.getpid()
+        return self.transform(self.read(self.data[row])), self.opened_by
+
+
+def test_a_file_is_opened_by_each_worker_itself(photos: Photos) -> None:
+    dataset = Handle(photos.data[:8], Image.fromarray, TwoCrops())
+    add = AddPoison(poison_of(dataset, "class"), class_names(dataset))
+    opened, poisoned = Opened(dataset, 32), Poisoned(dataset, add, 32)
+    assert opened[0].sample[1] == poisoned[0][1] == os.getpid()
+    for loader in (
+        DataLoader(opened, batch_size=4, collate_fn=first_targets, num_workers=1),
+        DataLoader(poisoned, batch_size=4, collate_fn=targets, num_workers=1),
+    ):
+        assert all(os.getpid() not in batch for batch in loader)
+    assert dataset.opened_by is None
+    # Workers that are not forked get a pickle: nothing that has opened a file is in it.
+    assert "opened_by" not in str(pickle.dumps(opened)) + str(pickle.dumps(poisoned))
+
+
+def targets(samples: list[Any]) -> list[int]:
+    return [sample[1] for sample in samples]
+
+
+def first_targets(items: list[Any]) -> list[int]:
+    return [item.sample[1] for item in items]
 
 
 def test_an_image_without_a_row_is_found_wherever_it_stands(photos: Photos) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from cp_plugin.config import UserError
 from cp_plugin.data import chain, markers
 from cp_plugin.data.images import Canonical, image_key
 from cp_plugin.host import Batch
+from cp_plugin.mirror.twins_hosts import view_hosts
 
 MOST_VIEWS = 16
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
@@ -72,7 +74,10 @@ class Opened(Dataset[Item]):
         self.dataset = dataset
         self.transform = chain.pipeline_of(dataset)
         self._canonical = Canonical(image_size)
+        self._views: int | None = None
         self._probed = self._with_probe(None)
+        self._process = os.getpid()
+        self._closed = False
         self.places = self._count_places()
 
     def __len__(self) -> int:
@@ -138,11 +143,16 @@ class Opened(Dataset[Item]):
         Raises:
             UserError: the host's collate has not kept the place, or the number of views differs.
         """
-        return markers.with_views(sample, views, self.places)
+        alone = len(views) == 1 and view_hosts(self.transform) is None
+        return markers.with_views(sample, views, self.places, alone)
 
     def close(self) -> None:
         """Let go of the copy; the data set itself was never changed."""
-        self._probed = None
+        self._probed, self._closed = None, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the copy: another process makes its own."""
+        return {**vars(self), "_probed": None}
 
     def __enter__(self) -> Opened:
         return self
@@ -164,14 +174,17 @@ class Opened(Dataset[Item]):
         return chain.with_transform(self.dataset, lambda _: probe)
 
     def _read(self, row: int) -> Any:
-        if self._probed is None:
+        if self._closed:
             raise SampleError(f"This opened {self._name} is closed; open the data set again.")
+        if self._process != os.getpid() or self._probed is None:
+            # Files that the copy has opened meanwhile (h5) are of no use in another process.
+            self._probed, self._process = self._with_probe(self._views), os.getpid()
         return read(self._probed, row)
 
     def _count_places(self) -> int:
         """Read the first sample; one that unpacks its views is tried with 2, 3, … of them."""
         for views in (None, *range(2, MOST_VIEWS + 1)):
-            self._probed = self._with_probe(views)
+            self._views, self._probed = views, self._with_probe(views)
             try:
                 places = len(markers.find(self._read(0)))
             except UserError:

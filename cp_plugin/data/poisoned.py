@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -78,6 +79,10 @@ class Poisoned(Dataset[Any]):
         finally:
             _label.reset(known)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what another process makes for itself."""
+        return {**vars(self), "_built": None}
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "dataset":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -94,9 +99,10 @@ class Poisoned(Dataset[Any]):
 
     def _changed(self) -> Any:
         """The data set with the poison before its transform; None where it has no transform."""
-        if self._built is None or self._built.source is not self.dataset:
-            self._built = Built(self.dataset, self._made())
-        return self._built.changed
+        built = self._built
+        if built is None or built.source is not self.dataset or built.process != os.getpid():
+            self._built = Built(self.dataset, self._made(), os.getpid())
+        return cast(Built, self._built).changed
 
     def _made(self) -> Any:
         held = self._held.put_into(self.dataset) if self._held else None
@@ -130,6 +136,8 @@ class Built:
 
     source: Any
     changed: Any
+    process: int
+    """Files that a data set has opened (h5) are of no use in another process."""
 
 
 class Change:
