@@ -1,4 +1,4 @@
-"""Measuring a trained run of the embedded engine: its checkpoint, its data, its poison."""
+"""Measuring a trained run, of the embedded engine or of solo-learn: checkpoint, data, poison."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cp_plugin.evaluate import knn, linear_probe
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
 from cp_plugin.pretrain import CHECKPOINT, CONFIG_FILE
+from cp_plugin.solo_checkpoints import configuration, is_solo_run, load_solo_run, training_images
 
 
 def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
@@ -48,12 +49,23 @@ def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
     return module.eval(), cfg
 
 
+def _trained(checkpoint: Path, folder: Path) -> tuple[LightningHost, Any, DictConfig]:
+    """Return encoder, augmentation pipeline and configuration of a run of either kind."""
+    if is_solo_run(folder):
+        return load_solo_run(checkpoint)
+    module, cfg = load_run(checkpoint)
+    return LightningHost(module, lambda sample, _: sample, ()), build_pipeline(cfg), cfg
+
+
 def poison_of(folder: Path) -> Poison | None:
     """Return the poison that a run made or was trained on, None for a clean run."""
     if (folder / POISON_FILE).is_file():
         return Poison.load(folder / POISON_FILE)
     config = folder / CONFIG_FILE
-    path = OmegaConf.select(OmegaConf.load(config), "poison.path") if config.is_file() else None
+    if is_solo_run(folder):
+        path = OmegaConf.select(configuration(folder), "poison.path")
+    else:
+        path = OmegaConf.select(OmegaConf.load(config), "poison.path") if config.is_file() else None
     return Poison.load(path) if path else None
 
 
@@ -69,7 +81,7 @@ def evaluate(
     """Measure an encoder by kNN and linear probe on the clean and on the poisoned bank.
 
     Args:
-        checkpoint: a checkpoint or the folder of a run.
+        checkpoint: a checkpoint or the folder of a run, of the embedded engine or of solo-learn.
         poison: of the poisoned bank; None: the run's own, if it has one.
         k: neighbours; None: 200, or 20 where the bank has fewer than 5,000 images.
         temperature: of the votes.
@@ -83,16 +95,17 @@ def evaluate(
     Raises:
         UserError: checkpoint, data set or poison cannot be used.
     """
-    module, cfg = load_run(checkpoint)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    host, pipeline, cfg = _trained(checkpoint, folder)
     poison = poison or poison_of(folder)
     source = cfg.data
     name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
     train, tests = load(name, path, test or source.val_path, source.no_labels)
+    if is_solo_run(folder) and data is None:
+        train = training_images(cfg)
     if tests is None:
         raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
-    twin = mirror(build_pipeline(cfg))
-    host = LightningHost(module, lambda sample, _: sample, ())
+    twin = mirror(pipeline)
     clean, query = Bank.clean(train, twin.crop_size), Bank.clean(tests, twin.crop_size)
     query_features = query.features(host.encode, twin.normalize)
     banks = {"clean": clean}

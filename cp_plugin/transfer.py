@@ -21,6 +21,7 @@ from cp_plugin.perturbation import Perturbation
 from cp_plugin.poison import Poison
 from cp_plugin.pretrain import CONFIG_FILE
 from cp_plugin.provenance import versions
+from cp_plugin.solo_checkpoints import configuration, is_solo_run, training_images
 
 
 def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
@@ -65,6 +66,8 @@ def _dataset(poison_file: Path, data: Path | None) -> Any:
     if data is not None:
         has_classes = data.is_dir() and any(entry.is_dir() for entry in data.iterdir())
         return load("custom", data, no_labels=not has_classes)[0]
+    if is_solo_run(poison_file.parent):
+        return training_images(configuration(poison_file.parent))
     config = poison_file.parent / CONFIG_FILE
     if not config.is_file():
         raise UserError(
