@@ -1,12 +1,9 @@
-"""Settings of the poisons that contrastive poisoning is compared with: frozen and checked.
-
-`RandomConfig` stands in `cp_plugin.config`, beside what all poisons share.
-"""
+"""Settings of the poisons that contrastive poisoning is compared with: frozen and checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from cp_plugin.config import (
     EPOCH,
@@ -21,6 +18,35 @@ from cp_plugin.config import (
     check_fraction,
     one_of,
 )
+
+Distribution = Literal["uniform", "gaussian"]
+
+
+@dataclass(frozen=True)
+class RandomConfig:
+    """Random noise in [-eps, eps]: what any poison has to beat."""
+
+    eps: float = 8 / 255
+    """Largest change of a pixel, in [0, 1]."""
+    distribution: Distribution = "uniform"
+    """`gaussian`: of standard deviation eps, clipped at eps."""
+    granularity: Granularity = "sample"
+    """One draw an image or one a class."""
+    fraction: float = 1.0
+    """Part of the images that is poisoned, class-balanced where there are labels."""
+    seed: int | None = None
+    """None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        check_eps(self.eps)
+        one_of("distribution", self.distribution, get_args(Distribution))
+        one_of("granularity", self.granularity, get_args(Granularity))
+        check_fraction(self.fraction)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from cp_plugin.config import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline
 from cp_plugin.evaluate import knn, linear_probe
+from cp_plugin.finetune import check_fraction
+from cp_plugin.finetune import finetune as fine_tune
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
 from cp_plugin.pretrain import CHECKPOINT, CONFIG_FILE
@@ -77,8 +79,9 @@ def evaluate(
     probe: bool = True,
     data: Path | None = None,
     test: Path | None = None,
+    finetune: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure an encoder by kNN and linear probe on the clean and on the poisoned bank.
+    """Measure an encoder by kNN, linear probe and fine-tuning on the clean and the poisoned bank.
 
     Args:
         checkpoint: a checkpoint or the folder of a run, of the embedded engine or of solo-learn.
@@ -88,13 +91,17 @@ def evaluate(
         probe: fit linear probes too.
         data: another folder of images as the bank; None: the run's training set.
         test: another folder of images as queries; None: the run's test set.
+        finetune: also fine-tune the encoder on this part of each bank's labels, in (0, 1].
 
     Returns:
-        One row a bank: `bank`, `knn` and `linear` with their settings, accuracies in percent.
+        One row a bank: `bank`, `knn`, `linear` and `finetune` with their settings, accuracies in
+        percent.
 
     Raises:
         UserError: checkpoint, data set or poison cannot be used.
     """
+    if finetune is not None:
+        check_fraction(finetune)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     host, pipeline, cfg = _trained(checkpoint, folder)
     poison = poison or poison_of(folder)
@@ -119,5 +126,8 @@ def evaluate(
         row = {"bank": bank_name, "knn": asdict(knn(*sets, k=k, temperature=temperature))}
         if probe:
             row["linear"] = asdict(linear_probe(*sets, seed=cfg.seed))
+        if finetune is not None:
+            tuned = fine_tune(host.encoder(), twin.normalize, bank, query, finetune, cfg.seed)
+            row["finetune"] = asdict(tuned)
         rows.append(row)
     return rows

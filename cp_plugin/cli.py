@@ -54,18 +54,23 @@ def evaluate(
     test: Annotated[Path | None, typer.Option(help="Another folder of test images.")] = None,
     k: Annotated[int | None, typer.Option(help="Neighbours.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    finetune: Annotated[
+        float | None, typer.Option(help="Fine-tune too, on this part of each class's labels.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Measure an encoder: kNN and linear probe, on the clean and on the poisoned bank."""
+    """Measure an encoder: kNN, linear probe, fine-tuning, on the clean and the poisoned bank."""
     from cp_plugin.checkpoints import evaluate as measure
     from cp_plugin.poison import Poison
 
     chosen = Poison.load(poison) if poison else None
-    rows = measure(checkpoint, chosen, k, temperature, data=data, test=test)
+    rows = measure(checkpoint, chosen, k, temperature, data=data, test=test, finetune=finetune)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("bank", "kNN", "k", "T", "distance", "linear, last", "linear, best", "images")
+    tuned = [f"{finetune:.0%} fine-tuned, last", "best"] if finetune else []
+    named = ("bank", "kNN", "k", "T", "distance", "linear, last", "linear, best", *tuned, "images")
+    table = Table(*named)
     for row in rows:
         near, linear = row["knn"], row["linear"]
         table.add_row(
@@ -76,6 +81,7 @@ def evaluate(
             near["distance"],
             f"{linear['last']:.1f} %",
             f"{linear['best']:.1f} %",
+            *(f"{row['finetune'][which]:.1f} %" for which in ("last", "best") if finetune),
             str(near["bank_size"]),
         )
     Console().print(table)

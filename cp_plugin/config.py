@@ -18,7 +18,6 @@ Granularity = Literal["sample", "class"]
 RowType = Literal["float32", "float16", "int8"]
 EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
-Distribution = Literal["uniform", "gaussian"]
 Order = Literal["alternate", "joint"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
@@ -131,33 +130,6 @@ class CraftConfig(AlternationConfig):
     def releases(self) -> bool:
         """Whether gradients reach delta through a momentum branch."""
         return self.dual_branch
-
-
-@dataclass(frozen=True)
-class RandomConfig:
-    """Random noise in [-eps, eps]: what any poison has to beat."""
-
-    eps: float = 8 / 255
-    """Largest change of a pixel, in [0, 1]."""
-    distribution: Distribution = "uniform"
-    """`gaussian`: of standard deviation eps, clipped at eps."""
-    granularity: Granularity = "sample"
-    """One draw an image or one a class."""
-    fraction: float = 1.0
-    """Part of the images that is poisoned, class-balanced where there are labels."""
-    seed: int | None = None
-    """None: the run's seed."""
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
-        check_eps(self.eps)
-        one_of("distribution", self.distribution, get_args(Distribution))
-        one_of("granularity", self.granularity, get_args(Granularity))
-        check_fraction(self.fraction)
 
 
 @dataclass(frozen=True)

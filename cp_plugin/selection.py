@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_plugin.baseline_config import ErrorMinConfig, SyntheticConfig, TapConfig
+from cp_plugin.baseline_config import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
 from cp_plugin.config import (
     CraftConfig,
     InjectConfig,
     MonitorConfig,
-    RandomConfig,
     UserError,
     build,
 )

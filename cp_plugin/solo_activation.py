@@ -20,12 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from cp_plugin.activation import Job
 from cp_plugin.adapters.solo import check_served
 from cp_plugin.adapters.solo_backbones import PREFIX, add_timm_backbone
-from cp_plugin.baseline_config import ErrorMinConfig, SyntheticConfig, TapConfig
+from cp_plugin.baseline_config import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
 from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
 from cp_plugin.callbacks.base import POISON_FILE, Callback
 from cp_plugin.callbacks.draw import DrawPoison
 from cp_plugin.callbacks.journal import Journal
-from cp_plugin.config import EPOCH, CraftConfig, InjectConfig, RandomConfig, UserError
+from cp_plugin.config import EPOCH, CraftConfig, InjectConfig, UserError
 from cp_plugin.patching import patches
 from cp_plugin.poison import Poison
 from cp_plugin.selection import GROUPS, Selection

@@ -2,11 +2,11 @@
 
 import pytest
 
+from cp_plugin.baseline_config import RandomConfig
 from cp_plugin.config import (
     CraftConfig,
     InjectConfig,
     MonitorConfig,
-    RandomConfig,
     UserError,
     build,
     eps_levels,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cp_plugin.baseline_config import SyntheticConfig
+from cp_plugin.baseline_config import RandomConfig, SyntheticConfig
 from cp_plugin.baselines.random import random_poison
 from cp_plugin.baselines.synthetic import synthetic_poison
-from cp_plugin.config import RandomConfig
 from cp_plugin.poison import Poison
 
 DrawConfig = RandomConfig | SyntheticConfig

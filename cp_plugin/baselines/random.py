@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from cp_plugin.baseline_config import RandomConfig
 from cp_plugin.baselines.images import Images
-from cp_plugin.config import RandomConfig
 from cp_plugin.perturbation import Perturbation
 from cp_plugin.poison import Poison
 

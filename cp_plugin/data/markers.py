@@ -68,7 +68,7 @@ def as_lists(sample: Any) -> Any:
     return rebuilt(sample, lambda value: value if _place(value) is None else [torch.tensor(value)])
 
 
-def with_views(sample: Any, views: Sequence[Tensor], places: int) -> Any:
+def with_views(sample: Any, views: Sequence[Tensor], places: int, alone: bool = False) -> Any:
     """Return a collated sample with views where its placeholders are.
 
     Args:
@@ -76,6 +76,7 @@ def with_views(sample: Any, views: Sequence[Tensor], places: int) -> Any:
         views: V views, each (B, C, h, w).
         places: how many placeholders a sample has: the whole list goes to the place if there is
             one; the views go one by one if there are as many places.
+        alone: the only view stands for itself, in no list.
 
     Raises:
         UserError: views and places do not match, or the collate has removed the places.
@@ -85,7 +86,7 @@ def with_views(sample: Any, views: Sequence[Tensor], places: int) -> Any:
             f"The data set returns {places} views an image, but its transform was read as one that "
             f"makes {len(views)}; return as many views as the transform makes."
         )
-    contents = [list(views)] if places == 1 else list(views)
+    contents: list[Any] = [list(views)] if places == 1 and not alone else list(views)
     put: set[int] = set()
 
     def exchange(value: Any) -> Any:
