@@ -208,7 +208,8 @@ class Poison:
     def offsets(self, rows_U: Tensor) -> Tensor:
         """Return rows in 8-bit levels, int16 (U, C, H, W), at most floor(255 eps) each."""
         limit = eps_levels(self.eps)
-        return (self.perturbation.gather(rows_U) * 255).round_().clamp_(-limit, limit).short()
+        levels = self.perturbation.gather(rows_U).mul_(255)
+        return levels.round_().clamp_(-limit, limit).short()
 
     def apply(self, images_BCHW: Tensor, rows_B: Tensor) -> Tensor:
         """Add rows to 8-bit images.
@@ -229,7 +230,7 @@ class Poison:
                 f"expected uint8 images of shape {expected}, got {images_BCHW.dtype} "
                 f"{tuple(images_BCHW.shape[1:])}; resize to {self.image_size} pixels first."
             )
-        return (images_BCHW.short() + self.offsets(rows_B)).clamp_(0, 255).to(torch.uint8)
+        return self.offsets(rows_B).add_(images_BCHW).clamp_(0, 255).to(torch.uint8)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

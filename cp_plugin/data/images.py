@@ -73,7 +73,8 @@ class Canonical:
         if self.size is not None and picture.size != (self.size, self.size):
             picture = operations.resize(picture, self.size, InterpolationMode.BICUBIC)
             picture = operations.center_crop(picture, [self.size, self.size])
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        channels = [np.asarray(channel) for channel in picture.split()]
+        return torch.from_numpy(np.stack(channels))
 
     def __repr__(self) -> str:
         return f"Canonical({self.size})"
@@ -114,8 +115,10 @@ def like(pixels_CHW: Tensor, original: Any) -> Any:
         if original.is_floating_point():
             return pixels_CHW.to(original.dtype) / 255
         return pixels_CHW
-    array = pixels_CHW.permute(1, 2, 0).contiguous().numpy()
-    return array if isinstance(original, np.ndarray) else Image.fromarray(array)
+    channels = tuple(pixels_CHW.numpy())
+    if isinstance(original, np.ndarray):
+        return np.dstack(channels)
+    return Image.merge("RGB", [Image.fromarray(channel) for channel in channels])
 
 
 def _from_tensor(image: Tensor) -> Tensor:

@@ -4,23 +4,33 @@
 
 Both make the two views of Lightly's SimCLR transform for CIFAR (32 pixels, no blur) of the same
 images, from memory; the loader decodes nothing, so what is compared is augmentation and collating.
+Then what an injected poison costs a loader: images in memory at 32 pixels, JPEG files at 224.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightly.transforms.simclr_transform import SimCLRTransform
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 
-from cp_plugin.data import Opened, Photos
+from cp_plugin.callbacks.inject import inject
+from cp_plugin.data import Opened, Photos, Poisoned, chain
+from cp_plugin.data.photos import photograph
 from cp_plugin.mirror import mirror
+from cp_plugin.perturbation import Perturbation
+from cp_plugin.poison import Poison
 from tests.bench.passport import interleaved, passport, write
 
 BATCH = 256
 BATCHES = 2
+SIDE, FILES = 224, 32
 
 
 def measure(repeats: int) -> dict[str, Any]:
@@ -41,8 +51,69 @@ def measure(repeats: int) -> dict[str, Any]:
         for _ in pillow:
             pass
 
-    times = interleaved({"mirror": through_mirror, "pillow": through_pillow}, repeats)
-    rows = [
+    rows = _rows({"mirror": through_mirror, "pillow": through_pillow}, repeats, images)
+    with tempfile.TemporaryDirectory() as folder:
+        files = ImageFolder(_files(Path(folder)), SimCLRTransform(input_size=SIDE))
+        rows += _injected("memory, 32 px", photos, 32, repeats)
+        rows += _injected(f"JPEG files, {SIDE} px", files, SIDE, repeats)
+    return {
+        "passport": passport(["torch", "torchvision", "lightly", "pillow"]),
+        "what": "views of SimCLRTransform (32 px: no blur), batch 256 or 32 files, workers 0",
+        "rows": rows,
+    }
+
+
+def _injected(name: str, dataset: Any, side: int, repeats: int) -> list[dict[str, Any]]:
+    """Return a row of the poisoned loader, and one of a loader of images poisoned before."""
+    opened = Opened(dataset, side)
+    keys = torch.tensor(sorted({opened[row].key for row in range(len(opened))}))
+    poison = Poison(Perturbation.uniform(len(keys), (3, side, side), 8 / 255), "sample", keys)
+
+    def through(data: Any) -> Callable[[], None]:
+        loader = DataLoader(data, batch_size=min(BATCH, len(data)), drop_last=True)
+
+        def run() -> None:
+            for _ in loader:
+                pass
+
+        return run
+
+    injected = inject(dataset, poison)
+    runs = {
+        f"{name}, poisoned before": through(Replayed(injected)),
+        f"{name}, injected": through(injected),
+    }
+    return _rows(runs, repeats, len(dataset) // BATCH * BATCH or len(dataset))
+
+
+class Replayed(Dataset[Any]):
+    """Reads the clean image and gives the transform the poisoned one, made before."""
+
+    def __init__(self, injected: Poisoned) -> None:
+        self.transform = injected.transform
+        self.clean = chain.with_transform(injected.dataset, lambda _: _nothing)
+        injected.transform = _same
+        self.images = [injected[row][0] for row in range(len(injected))]
+        injected.transform = self.transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        """Return the views of the poisoned image."""
+        return self.transform(self.images[row]), self.clean[row][1]
+
+
+def _nothing(image: Any) -> None:
+    """Make nothing of an image."""
+
+
+def _same(image: Any) -> Any:
+    return image
+
+
+def _rows(runs: dict[str, Callable[[], None]], repeats: int, images: int) -> list[dict[str, Any]]:
+    return [
         {
             "way": way,
             "images": images,
@@ -51,13 +122,18 @@ def measure(repeats: int) -> dict[str, Any]:
             "images_per_cpu_second": 1e3 * images / time["cpu"],
             **time,
         }
-        for way, time in times.items()
+        for way, time in interleaved(runs, repeats).items()
     ]
-    return {
-        "passport": passport(["torch", "torchvision", "lightly", "pillow"]),
-        "what": "views of SimCLRTransform(input_size=32, gaussian_blur=0), batch 256, workers 0",
-        "rows": rows,
-    }
+
+
+def _files(folder: Path) -> Path:
+    """Write photographs as JPEG files of poisons' size."""
+    for number, name in enumerate(("astronaut", "cat", "coffee", "rocket") * (FILES // 4)):
+        (folder / name).mkdir(exist_ok=True)
+        left = number
+        picture = photograph(name).crop((left, 0, left + 290, 290)).resize((SIDE, SIDE))
+        picture.save(folder / name / f"{number}.jpg", quality=90)
+    return folder
 
 
 def main() -> None:
@@ -68,7 +144,7 @@ def main() -> None:
     result = measure(parser.parse_args().repeats)
     print(write("loader", result))
     for row in result["rows"]:
-        print(f"{row['way']:8} {row['images_per_second']:8.0f} images a second")
+        print(f"{row['way']:30} {row['images_per_second']:8.0f} images a second")
 
 
 if __name__ == "__main__":

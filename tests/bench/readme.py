@@ -62,6 +62,16 @@ def mirror(results: list[Result]) -> str:
     return "\n".join([*lines, "", _source(newest)])
 
 
+def loader(results: list[Result]) -> str:
+    """Images a second of every way in the newest run."""
+    newest = results[-1]
+    lines = ["| way | images a second | by processor time |", "|---|---|---|"]
+    for row in newest["rows"]:
+        rates = (row["images_per_second"], row["images_per_cpu_second"])
+        lines.append(f"| {row['way']} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |")
+    return "\n".join([*lines, "", f"Two views an image, {newest['what']}. {_source(newest)}"])
+
+
 def demo(results: list[Result]) -> str:
     """Every row of the newest demo, seed by seed."""
     newest = results[-1]
@@ -109,7 +119,11 @@ def _source(result: Result) -> str:
     )
 
 
-THEMES: dict[str, Callable[[list[Result]], str]] = {"demo": demo, "mirror": mirror}
+THEMES: dict[str, Callable[[list[Result]], str]] = {
+    "demo": demo,
+    "loader": loader,
+    "mirror": mirror,
+}
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 
 
