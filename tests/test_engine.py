@@ -161,9 +161,9 @@ def test_moco_loss_and_its_first_in_first_out_queues() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_reaches_all_but_the_momentum_branch(method: str, dtype: torch.dtype) -> None:
-    module = _tiny(method).to(dtype)
+    module = _tiny(method, "+data.num_classes=3").to(dtype)
     views = [torch.randn(8, 3, 16, 16, dtype=dtype) for _ in range(2)]
-    loss = module.training_step((views, None), 0)
+    loss = module.training_step((views, torch.arange(8) % 3), 0)
     assert loss.dtype == dtype
     loss.backward()
     for name, parameter in module.named_parameters():

@@ -46,5 +46,5 @@ class DrawPoison(InjectPoison):
         """
         dataset = training_loader(trainer).dataset
         size = mirror(Opened(dataset, None).transform).crop_size
-        self._drawn = self._poison = draw(dataset, size, self.config, run_seed())
+        self._drawn = self._whole = draw(dataset, size, self.config, run_seed())
         super().on_train_start(trainer, pl_module)

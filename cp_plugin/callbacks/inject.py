@@ -154,7 +154,8 @@ class InjectPoison(Callback):
         super().__init__()
         self.fraction = build(InjectConfig, {"path": "-", "fraction": fraction}).fraction
         self._folder, self._writes = folder, self.fraction < 1
-        self._poison = poison if isinstance(poison, Poison) else Poison.load(poison)
+        self._whole = poison if isinstance(poison, Poison) else Poison.load(poison)
+        self._poison = self._whole
 
     def poison(self) -> Poison:
         """Return what is used of the poison: all of it until training has started."""
@@ -167,7 +168,7 @@ class InjectPoison(Callback):
             UserError: the poison belongs to other images or classes.
         """
         dataset = training_loader(trainer).dataset
-        self._poison = part(dataset, self._poison, self.fraction)
+        self._poison = part(dataset, self._whole, self.fraction)
         self._exchange = Exchange(trainer, _added(dataset, self._poison))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

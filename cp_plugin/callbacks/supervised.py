@@ -83,6 +83,7 @@ class CraftTap(CraftErrorMin):
         """
         self._chosen = build(TapConfig, settings)
         super().__init__(**vars(self._chosen.alternation()))
+        self._misled = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let training end where it would."""
@@ -109,6 +110,7 @@ class CraftTap(CraftErrorMin):
         steps = max(1, int(trainer.estimated_stepping_batches))
         batches = -(-len(loader.dataset) // (loader.batch_size or 1))  # type: ignore[arg-type]
         done = self.schedule.steps_done
+        self._misled = False
         self.crafting.schedule = Schedule(1, steps, batches, self._chosen.pgd_steps, done)
 
     def on_train_batch_end(
@@ -117,12 +119,22 @@ class CraftTap(CraftErrorMin):
         """Count optimiser steps."""
         self.schedule.steps_done = trainer.global_step
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Mislead the network after its last epoch: before the checkpoint that ends training."""
+        if self.schedule.finished:
+            self._mislead(trainer, pl_module)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Mislead the trained network with every image, and write the poison."""
-        if not self.path.exists():
-            losses = list(self.attack.noise_phase(self._every_image(trainer, pl_module), 0))
-            log.info("tap: mean loss of the misled surrogate %.4f", _mean(losses))
+        """Write the poison; where training was stopped early, mislead the network first."""
+        self._mislead(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
+
+    def _mislead(self, trainer: Any, pl_module: Any) -> None:
+        if self._misled or self.path.exists():
+            return
+        losses = list(self.attack.noise_phase(self._every_image(trainer, pl_module), 0))
+        log.info("tap: mean loss of the misled surrogate %.4f", _mean(losses))
+        self._misled = True
 
     def _every_image(self, trainer: Any, pl_module: Any) -> Any:
         """Yield raw batches that hold each image once; the loader's own may drop the last ones."""

@@ -56,7 +56,8 @@ def supervised_contrastive(z_BVD: Tensor, labels_B: Tensor, temperature: float) 
     Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2.
     """
     batch, views = z_BVD.shape[:2]
-    z = functional.normalize(z_BVD.float(), dim=-1).flatten(0, 1)
+    precise = z_BVD.to(torch.promote_types(z_BVD.dtype, torch.float32))
+    z = functional.normalize(precise, dim=-1).flatten(0, 1)
     own = torch.arange(batch, device=z.device)
     groups = torch.where(labels_B >= 0, labels_B, -1 - own).repeat_interleave(views)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
