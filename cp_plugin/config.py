@@ -19,6 +19,7 @@ RowType = Literal["float32", "float16", "int8"]
 EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
 Order = Literal["alternate", "joint"]
+Index = Literal["flat", "ivf"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -161,6 +162,8 @@ class MonitorConfig:
     """Neighbours. None: 200, or 20 where the bank has fewer than 5,000 images."""
     temperature: float = 0.07
     """Votes weigh exp(cosine / temperature)."""
+    index: Index = "flat"
+    """`flat`: exact; `ivf`: several times faster on banks of tens of thousands, approximate."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -173,6 +176,7 @@ class MonitorConfig:
             at_least_one("k", self.k, prefix="monitor")
         if self.temperature <= 0:
             raise UserError(f"monitor.temperature must be positive, got {self.temperature}.")
+        one_of("index", self.index, get_args(Index), "monitor")
 
 
 def build(config_class: type[T], values: Mapping[str, Any], group: str = "poison") -> T:
@@ -292,10 +296,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...], prefix: str = "poison") -> None:
     """Refuse what is not among the allowed values."""
     if value not in allowed:
-        raise UserError(f"poison.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        raise UserError(f"{prefix}.{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
 def at_least_one(name: str, value: object, also: str = "", prefix: str = "poison") -> None:

@@ -30,6 +30,7 @@ LAYERS = {
     "data": 2,
     "mirror": 2,
     "defences": 2,
+    "neighbours": 1,
     "evaluate": 2,
     "banks": 3,
     "baselines": 3,

@@ -44,6 +44,23 @@ def test_knn_equals_brute_force(k: int, temperature: float) -> None:
     assert knn(bank, labels, queries, truth, k, temperature).accuracy == pytest.approx(expected)
 
 
+def test_an_inverted_file_finds_almost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_plugin.evaluate.SMALL_BANK", 1000)
+    bank, labels = clusters(2000)
+    queries, truth = clusters(400, seed=1)
+    exact = knn(bank, labels, queries, truth, 20)
+    found = knn(bank, labels, queries, truth, 20, index="ivf")
+    assert (exact.index, found.index) == ("flat", "ivf")
+    assert found.accuracy == pytest.approx(exact.accuracy, abs=3)
+    # Far more neighbours than the lists hold: what is missing has no vote.
+    assert knn(bank, labels, queries, truth, 1900, index="ivf").accuracy > 30
+
+
+def test_a_small_bank_is_searched_exactly() -> None:
+    bank, labels = clusters(300)
+    assert knn(bank, labels, bank, labels, 5, index="ivf") == knn(bank, labels, bank, labels, 5)
+
+
 def test_knn_depends_on_k_and_temperature() -> None:
     bank, labels = clusters(300)
     queries, truth = clusters(400, seed=1)
@@ -57,7 +74,8 @@ def test_knn_batches_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     bank, labels = clusters(200)
     queries, truth = clusters(101, seed=1)
     whole = knn(bank, labels, queries, truth, 10)
-    monkeypatch.setattr("cp_plugin.evaluate.QUERY_BATCH", 7)
+    for module in ("evaluate", "neighbours"):
+        monkeypatch.setattr(f"cp_plugin.{module}.QUERY_BATCH", 7)
     assert knn(bank, labels, queries, truth, 10) == whole
 
 

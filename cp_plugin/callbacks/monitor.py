@@ -116,4 +116,5 @@ class KNNMonitor(Callback):
             self._query.labels,
             self.config.k,
             self.config.temperature,
+            index=self.config.index,
         )
