@@ -128,12 +128,19 @@ def radial(power_HW: Array) -> Array:
     return profile[: min(height, width) // 2 + 1]
 
 
-def spectrum(power_HW: Array) -> str:
+def common_limits(powers: Sequence[Array]) -> tuple[float, float]:
+    """Return the colour scale, in decibel, on which several spectra can be compared."""
+    values = np.concatenate([_decibel(power).ravel() for power in powers])
+    lowest, highest = np.percentile(values, [1, 99.9])
+    return float(lowest), float(highest)
+
+
+def spectrum(power_HW: Array, limits: tuple[float, float]) -> str:
     """Draw a spectrum on a logarithmic scale; a PNG as data URI."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.0, 2.6), dpi=110, layout="constrained")
         axis = figure.subplots()
-        shown = axis.imshow(10 * np.log10(power_HW + 1e-12), cmap="viridis")
+        shown = axis.imshow(_decibel(power_HW), "viridis", vmin=limits[0], vmax=limits[1])
         figure.colorbar(shown, label="decibel", shrink=0.85)
         _bare(axis)
         axis.set_xlabel("low frequencies in the middle", fontsize=9)
@@ -191,6 +198,11 @@ def principal_plane(features_ND: Tensor) -> Array:
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     plane: Array = (centred @ directions[:2].T).numpy()
     return plane
+
+
+def _decibel(power: Array) -> Array:
+    decibel: Array = 10 * np.log10(power + 1e-12)
+    return decibel
 
 
 def _bare(axis: Axes) -> None:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cp_plugin.report import figures, scenes
 from cp_plugin.report.rows import NONE, Found, Row, find
-from cp_plugin.report.tables import ordered, tables
+from cp_plugin.report.tables import markdown, ordered, tables
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "\N{EN DASH}"
@@ -29,11 +29,6 @@ def write(folder: Path, out: Path) -> tuple[Path, Path]:
     return written[0], written[1]
 
 
-def figure(value: float | None) -> str:
-    """Return an accuracy with one decimal, or a dash."""
-    return DASH if value is None else f"{value:.1f}"
-
-
 def _render(template: str, content: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -43,7 +38,8 @@ def _render(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters["markdown"] = markdown
+    environment.filters["figure"] = "{:.1f}".format
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment.get_template(template).render(content)
 

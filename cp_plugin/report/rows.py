@@ -91,7 +91,8 @@ def find(folder: Path) -> Found:
 
 
 def _study(folder: Path) -> Found:
-    planned = (read(folder / PLAN_FILE) or {})["cells"]
+    study = read(folder / PLAN_FILE) or {}
+    planned = study["cells"]
     states = {}
     for cell in planned:
         state = read(folder / "cells" / f"{cell['name']}.json") or {}
@@ -110,9 +111,8 @@ def _study(folder: Path) -> Found:
         "command": whole.get("command", any_result.get("command")),
         **{key: any_result.get(key) for key in ("hardware", "versions")},
     }
-    return Found(
-        folder.resolve().name, "study", tuple(rows), unfinished, passport, folders, len(planned)
-    )
+    name = str(study["settings"]["name"])
+    return Found(name, "study", tuple(rows), unfinished, passport, folders, len(planned))
 
 
 def _cell(folders: Mapping[str, Path], name: str, state: Mapping[str, Any]) -> Row:

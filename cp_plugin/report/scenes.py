@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,10 @@ def images(found: Mapping[str, tuple[Row, Poison]]) -> list[Picture]:
         classes = None if known is None or names is None else [names[known[one]] for one in chosen]
         of_images = poison.rows([item.key for item in items], classes)
         clean = torch.stack([item.image for item in items])
+        whose = "a class" if poison.granularity == "class" else "an image"
         budget = (
-            f"one delta a {poison.granularity}, eps {255 * poison.eps:.0f}/255; seed {row.seed}. "
-            f"Perturbation: -eps black, +eps white."
+            f"one delta {whose}, eps {255 * poison.eps:.0f}/255; seed {row.seed}. "
+            "Perturbation: -eps black, +eps white."
         )
         made.append(Picture(label, figures.pictures(poison, clean, of_images), budget))
     return made
@@ -103,14 +105,20 @@ def spectra(
     found: Mapping[str, tuple[Row, Poison]], colour: Mapping[str, str]
 ) -> tuple[list[Picture], str | None]:
     """Return a spectrum of each poison, and a picture of all their radial profiles."""
-    made, profiles = [], {}
+    powers, captions = {}, {}
     for label, (row, poison) in found.items():
         count = min(len(poison.perturbation), ROWS_IN_SPECTRUM)
-        power = figures.power(poison.perturbation.gather(torch.arange(count)))
-        profiles[label] = figures.radial(power)
-        caption = f"mean of {count} rows, seed {row.seed}"
-        made.append(Picture(label, figures.spectrum(power), caption))
-    return made, figures.profiles(profiles, colour) if profiles else None
+        powers[label] = figures.power(poison.perturbation.gather(torch.arange(count)))
+        captions[label] = f"mean of {count} rows, seed {row.seed}"
+    if not powers:
+        return [], None
+    limits = figures.common_limits(list(powers.values()))
+    made = [
+        Picture(label, figures.spectrum(power, limits), captions[label])
+        for label, power in powers.items()
+    ]
+    profiles = {label: figures.radial(power) for label, power in powers.items()}
+    return made, figures.profiles(profiles, colour)
 
 
 def maps(rows: Sequence[Row]) -> Maps:
@@ -181,8 +189,13 @@ def _data(row: Row) -> tuple[Any, Any]:
     cfg = OmegaConf.load(row.folder / CONFIG_FILE)
     assert isinstance(cfg, DictConfig)
     data = cfg.data
-    train, test = load(data.dataset, data.train_path, data.val_path, data.no_labels)
-    return train, test
+    return _loaded(data.dataset, data.train_path, data.val_path, data.no_labels)
+
+
+@lru_cache(maxsize=2)
+def _loaded(*source: Any) -> tuple[Any, Any]:
+    """Return training and test set; the runs of a study share theirs."""
+    return load(*source)
 
 
 def _one_a_class(known: Tensor) -> list[int]:

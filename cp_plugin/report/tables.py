@@ -32,11 +32,11 @@ class Line:
     poison: str
     cells: tuple[Spread | None, ...]
     """One a victim; None: not measured."""
-    mean: float | None
+    mean: float
     """Over the victims that were measured."""
-    worst: float | None
+    worst: float
     """The highest accuracy left over the victims: what an owner has to reckon with."""
-    worst_victim: str | None
+    worst_victim: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,18 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                 if any(measure in row.accuracies for row in part):
                     made.append(_table(part, measure, _title(rows, title, defence, backbone)))
     return made
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, without its title."""
+    head = ("poison", *table.victims, "mean over victims", "worst case over victims")
+    lines = [head, ("---",) * len(head)]
+    for line in table.lines:
+        cells = ("\N{EN DASH}" if cell is None else str(cell) for cell in line.cells)
+        lines.append(
+            (line.poison, *cells, f"{line.mean:.1f}", f"{line.worst:.1f} ({line.worst_victim})")
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

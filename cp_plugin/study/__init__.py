@@ -47,9 +47,8 @@ def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) ->
     from cp_plugin.study.watch import Watch, absolute
 
     folder = Folder(absolute(out or Path(f"cp-study-{settings.name}")))
-    lock = folder.lock()
     try:
-        lock.acquire(timeout=0)
+        lock = folder.lock().acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another process is at work in {folder.path}; wait for it, or choose another --out."

@@ -200,10 +200,6 @@ def _grid(where: str, node: Any, backbones: tuple[str, ...]) -> Grid:
 
 
 def _check_names(study: StudySettings) -> None:
-    for number, grid in enumerate(study.grid):
-        for axis in ("poisons", "backbones", "defences"):
-            for name in getattr(grid, axis):
-                known(f"grid.{number}.{axis}", name, getattr(study, axis))
     for name, poison in study.poisons.items():
         if poison.init is None:
             continue
@@ -215,6 +211,10 @@ def _check_names(study: StudySettings) -> None:
                 f"poisons.{name}.init names {poison.init}, which has an init of its own; a poison "
                 "can start only from one that starts anew."
             )
+    for number, grid in enumerate(study.grid):
+        for axis in ("poisons", "backbones", "defences"):
+            for name in getattr(grid, axis):
+                known(f"grid.{number}.{axis}", name, getattr(study, axis))
 
 
 def _named(values: Mapping[str, Any], key: str) -> dict[str, Any]:
