@@ -14,7 +14,7 @@ from cp_plugin.adapters.solo import is_solo
 from cp_plugin.callbacks.base import Callback, run_seed
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
-from cp_plugin.callbacks.feed import training_loader
+from cp_plugin.callbacks.feed import Exchange, training_loader
 from cp_plugin.callbacks.inject import InjectPoison
 from cp_plugin.config import UserError
 from cp_plugin.data import Opened, class_names, labels
@@ -36,6 +36,8 @@ from cp_plugin.release import release, untouched
 
 Step = Callable[..., Any]
 """A module's `training_step`."""
+Defended = Callable[[Step, Any, Any], Any]
+"""From the module's own step, a batch and the other arguments, what the step returns."""
 
 
 class Defence(Callback):
@@ -95,7 +97,7 @@ class Defence(Callback):
             device = pl_module.device
             changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
             self._facts.update(facts)
-            self._exchange(trainer, loader, "dataset", changed)
+            self._undo.append(Exchange(trainer, changed).restore)
         elif isinstance(config, DpSgdConfig):
             self._make_private(trainer, pl_module, loader, config)
         else:
@@ -161,9 +163,9 @@ class Defence(Callback):
         self._undo.append(lambda: setattr(trainer.strategy, "optimizers", own))
         self._undo.append(private.stop)
         sampler = private.sampler(int(trainer.num_training_batches), run_seed())
-        self._exchange(trainer, loader, "batch_sampler", sampler)
+        self._exchange_sampler(trainer, loader, sampler)
 
-    def _defended_step(self, module: Any, dataset: Any) -> Callable[[Step, Any, Any], Any]:
+    def _defended_step(self, module: Any, dataset: Any) -> Defended:
         """Return what takes the module's own step, a batch and the rest, and runs it defended."""
         config = self.config
         if isinstance(config, MixupConfig):
@@ -182,7 +184,7 @@ class Defence(Callback):
 
         return step
 
-    def _mixed_step(self, module: Any, dataset: Any, config: MixupConfig) -> Any:
+    def _mixed_step(self, module: Any, dataset: Any, config: MixupConfig) -> Defended:
         twin = _mirror_of(dataset)
         if getattr(module, "cfg", None) is None and twin.views != 1:
             check_defence(self.name, type(module).__name__)
@@ -207,7 +209,7 @@ class Defence(Callback):
         black, white = (twin.normalize(make(shape))[0] for make in (torch.zeros, torch.ones))
         return Pixels(black, white).to(module.device)
 
-    def _wrap_step(self, module: Any, defended: Callable[[Step, Any, Any], Any]) -> None:
+    def _wrap_step(self, module: Any, defended: Defended) -> None:
         own = module.training_step
 
         @functools.wraps(own)
@@ -224,21 +226,16 @@ class Defence(Callback):
 
         self._undo.append(undo)
 
-    def _exchange(self, trainer: Any, loader: Any, name: str, value: Any) -> None:
-        """Exchange a part of the loader until the end; a loader refuses it by ordinary means."""
-        before = getattr(loader, name)
+    def _exchange_sampler(self, trainer: Any, loader: Any, sampler: Any) -> None:
+        """Let the loader draw by chance until the end; it refuses this by ordinary means."""
 
         def put(new: Any) -> None:
-            object.__setattr__(loader, name, new)
+            object.__setattr__(loader, "batch_sampler", new)
             loader._iterator = None
 
-        def undo() -> None:
-            if getattr(loader, name) is value:  # else a callback before this one has been there
-                put(before)
-
-        put(value)
+        self._undo.append(functools.partial(put, loader.batch_sampler))
+        put(sampler)
         iter(trainer.fit_loop._data_fetcher)
-        self._undo.append(undo)
 
     def _stop(self) -> None:
         while self._undo:

@@ -19,6 +19,8 @@ from cp_plugin.data.markers import rebuilt
 from cp_plugin.host import Batch
 
 Views = Callable[[Batch], list[Tensor]]
+OWN = "_cp_plugin_own"
+"""Where a loader keeps its own data set and collate function meanwhile."""
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -70,14 +72,17 @@ class Exchange:
             collate: None keeps the loader's own.
         """
         self._loader = training_loader(trainer)
-        self._before = (self._loader.dataset, self._loader.collate_fn)
+        # Several callbacks may exchange; whichever ends first puts back what came before them all.
+        vars(self._loader).setdefault(OWN, (self._loader.dataset, self._loader.collate_fn))
         self._set(dataset, collate or self._loader.collate_fn)
         # Lightning has made the first epoch's iterator before any callback could see the loader.
         iter(trainer.fit_loop._data_fetcher)
 
     def restore(self) -> None:
         """Put the loader's own data set and collate function back."""
-        self._set(*self._before)
+        own = vars(self._loader).pop(OWN, None)
+        if own is not None:
+            self._set(*own)
 
     def _set(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
         # A loader refuses a new data set once it is made, since its sampler counts the old one's

@@ -144,7 +144,7 @@ class Private:
 
     def stop(self) -> None:
         """Take the hooks off the module."""
-        self._hooked.remove_hooks()
+        self._hooked.to_standard_module()
 
 
 def require_opacus() -> None:
