@@ -43,7 +43,8 @@ def encoded(run: Path, images: Path, bank: int, queries: int) -> Sets:
     twin = mirror(build_pipeline(cfg))
     host = LightningHost(module, lambda sample, _: sample, ())
     found: list[Tensor] = []
-    for data, count in zip(load("custom", images / "train", images / "test"), (bank, queries)):
+    train, test = load("custom", images / "train", images / "test")
+    for data, count in ((train, bank), (test, queries)):
         whole = Bank.clean(data, twin.crop_size)
         features = whole.features(host.encode, twin.normalize)
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:count]
