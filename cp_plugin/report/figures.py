@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +21,7 @@ from cp_plugin.report.tables import ordered
 
 mpl.use("Agg")
 INK = "#1c2330"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cp-plugin",
     "svg.fonttype": "path",
     "font.size": 11,
@@ -37,11 +38,9 @@ Array = NDArray[np.float64]
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
     """Return a colour for each label, the same in all pictures; clean runs are black."""
-    palette = [mpl.colors.to_hex(colour) for colour in mpl.colormaps["tab10"].colors]
-    found, free = {}, iter(palette * (1 + len(labels) // len(palette)))
-    for label in labels:
-        found[label] = INK if label == "none" else next(free)
-    return found
+    poisons = [label for label in labels if label != "none"]
+    found = {label: _hex("tab10", number) for number, label in enumerate(poisons)}
+    return found | {"none": INK}
 
 
 def curves(rows: Sequence[Row], colour: Mapping[str, str]) -> str | None:
@@ -174,21 +173,16 @@ def feature_map(features_ND: Tensor, labels: Tensor, classes: Sequence[str]) -> 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 3.4), dpi=120, layout="constrained")
         axis = figure.subplots()
-        palette = mpl.colormaps["tab20"].colors
         for label in range(len(classes)):
             points = plane[labels.numpy() == label]
-            axis.scatter(*points.T, s=7, color=palette[label % len(palette)], linewidths=0)
+            axis.scatter(points[:, 0], points[:, 1], s=7, color=_hex("tab20", label), linewidths=0)
         _bare(axis)
         return _png(figure)
 
 
 def class_key(classes: Sequence[str]) -> list[tuple[str, str]]:
     """Return each class with its colour on the maps of features."""
-    palette = mpl.colormaps["tab20"].colors
-    return [
-        (name, mpl.colors.to_hex(palette[label % len(palette)]))
-        for label, name in enumerate(classes)
-    ]
+    return [(name, _hex("tab20", label)) for label, name in enumerate(classes)]
 
 
 def principal_plane(features_ND: Tensor) -> Array:
@@ -198,6 +192,11 @@ def principal_plane(features_ND: Tensor) -> Array:
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     plane: Array = (centred @ directions[:2].T).numpy()
     return plane
+
+
+def _hex(palette: str, number: int) -> str:
+    colours_there = mpl.colormaps[palette]
+    return mpl.colors.to_hex(colours_there(number % colours_there.N))
 
 
 def _decibel(power: Array) -> Array:

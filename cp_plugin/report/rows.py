@@ -99,14 +99,14 @@ def _study(folder: Path) -> Found:
         states[cell["name"]] = state if state.get("digest") == cell["digest"] else {}
     finished = {name: one for name, one in states.items() if one.get("status") == FINISHED}
     folders = {name: folder / one["folder"] for name, one in finished.items()}
-    rows = [_cell(folders, name, one) for name, one in finished.items() if one["kind"] != "craft"]
+    rows = [row_of(one, folders, name) for name, one in finished.items() if one["kind"] != "craft"]
     unfinished = {
         name: str(one.get("reason", one.get("status", "not begun")))
         for name, one in states.items()
         if name not in finished
     }
     whole = read(folder / RUN_FILE) or {}
-    any_result = next((one["result"] for one in finished.values()), {})
+    any_result: Mapping[str, Any] = next((one["result"] for one in finished.values()), {})
     passport = {
         "command": whole.get("command", any_result.get("command")),
         **{key: any_result.get(key) for key in ("hardware", "versions")},
@@ -115,7 +115,14 @@ def _study(folder: Path) -> Found:
     return Found(name, "study", tuple(rows), unfinished, passport, folders, len(planned))
 
 
-def _cell(folders: Mapping[str, Path], name: str, state: Mapping[str, Any]) -> Row:
+def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> Row:
+    """Return the row of a finished cell of a study.
+
+    Args:
+        state: the content of its file.
+        folders: of the runs, by the names of their cells.
+        name: the cell's own among them.
+    """
     banks = {row["bank"]: row for row in state["banks"]}
     control = {row["bank"]: row for row in state.get("control", ())}
     accuracies = {}
@@ -128,7 +135,7 @@ def _cell(folders: Mapping[str, Path], name: str, state: Mapping[str, Any]) -> R
             accuracies[f"knn_{bank}"] = row["knn"]["accuracy"]
             accuracies[f"linear_{bank}"] = row["linear"]["last"]
     result = state["result"]
-    made_in = folders.get(state["needs"].get("poison", name), folders[name])
+    made_in = folders.get(state.get("needs", {}).get("poison", name), folders[name])
     return Row(
         **{key: state[key] for key in ("poison", "surrogate", "victim", "backbone", "defence")},
         seed=state["seed"],
@@ -172,8 +179,7 @@ def _runs(folder: Path) -> Found:
 
 
 def _run(folder: Path, result: Mapping[str, Any], controls: Mapping[str, float]) -> Row:
-    cfg = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
-    assert isinstance(cfg, dict)
+    cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
     poison = _poison_name(cfg.get("poison") or {}, str(result["poison"]))
     names = (("knn_clean", "knn_clean_bank"), ("knn_poisoned", "knn_poisoned_bank"))
     accuracies = {ours: result[theirs] for ours, theirs in names if result.get(theirs) is not None}

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # what OmegaConf raises
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from cp_plugin.config import UserError
 from cp_plugin.paths import shipped

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
+from cp_plugin.report.rows import row_of
+from cp_plugin.report.tables import markdown, tables
 from tests.bench.passport import RESULTS
 from tests.solo_served import MOMENTUM, SERVED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 Result = dict[str, Any]
+STUDY_MEASURES = ("linear_clean", "knn_clean", "knn_poisoned", "knn_control")
 
 
 def mirror(results: list[Result]) -> str:
@@ -106,6 +109,38 @@ def solo_methods() -> str:
     return "\n".join(lines)
 
 
+def study(results: list[Result]) -> str:
+    """Accuracies of the newest study, defence by defence, with the worst case over victims."""
+    newest = results[-1]
+    measured = [cell for cell in newest["cells"] if cell["kind"] != "craft"]
+    rows = [row_of(cell, {"": Path()}, "") for cell in measured]
+    lines = []
+    for table in tables(rows):
+        if table.measure in STUDY_MEASURES:
+            lines += [f"**{table.title[0].upper()}{table.title[1:]}**", "", markdown(table), ""]
+    steps = sorted({cell["result"]["steps"] for cell in measured})
+    near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
+    setting = (
+        f"Percent; mean ± standard deviation of the sample over seeds "
+        f"{', '.join(map(str, sorted({row.seed for row in rows})))} (a bare figure: one seed). "
+        f"Victims of {', '.join(map(str, steps))} steps; surrogates: {_surrogates(measured)}. "
+        f"kNN: k = {near['k']}, T = {near['temperature']}, cosine; linear probe: "
+        f"{linear['epochs']} epochs, last epoch."
+    )
+    missing = [f"`{name}`: {reason}" for name, reason in newest["unfinished"].items()]
+    without = ["Without a result: " + "; ".join(missing) + "."] if missing else []
+    return "\n".join([*lines, setting, *without, _source(newest)])
+
+
+def _surrogates(cells: list[Result]) -> str:
+    steps: dict[str, set[int]] = {}
+    for cell in cells:
+        if cell["result"].get("surrogate_steps"):
+            steps.setdefault(cell["poison"], set()).add(cell["result"]["surrogate_steps"])
+    told = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items())
+    return ", ".join(told) + " steps"
+
+
 def _errors(row: dict[str, float]) -> str:
     return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
 
@@ -123,6 +158,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "demo": demo,
     "loader": loader,
     "mirror": mirror,
+    "study": study,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 
