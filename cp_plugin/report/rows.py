@@ -142,7 +142,7 @@ def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> 
         folder=folders[name],
         poison_file=_existing(made_in / POISON_FILE),
         accuracies=accuracies,
-        curve=tuple(result.get("knn", ())),
+        curve=tuple(result.get("knn") or ()),
         facts={**_facts(result), **_settings_of(banks["clean"])},
     )
 
