@@ -117,7 +117,7 @@ def study(results: list[Result]) -> str:
     lines = []
     for table in tables(rows):
         if table.measure in STUDY_MEASURES:
-            lines += [f"**{table.title[0].upper()}{table.title[1:]}**", "", markdown(table), ""]
+            lines += [f"**{table.title}**", "", markdown(table), ""]
     steps = sorted({cell["result"]["steps"] for cell in measured})
     near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
     setting = (
