@@ -131,8 +131,10 @@ def _sign(symmetric: Tensor) -> Tensor:
 def _inverse_root(symmetric: Tensor) -> Tensor:
     """Return the inverse square root of a symmetric matrix with eigenvalues in [LEAST, 1]."""
     one = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
-    root, inverse = symmetric, one.expand_as(symmetric)
-    for a, b in _TO_ROOT:
+    (a, b), *others = _TO_ROOT
+    inverse = a * one + b * symmetric
+    root = symmetric @ inverse
+    for a, b in others:
         factor = a * one + b * (inverse @ root)
         root, inverse = root @ factor, factor @ inverse
     return inverse
