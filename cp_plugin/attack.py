@@ -185,8 +185,7 @@ class Attack:
             with self._release:
                 loss = self.host.loss(views, batch)
             if not self._checked:
-                check_release(self._release, loss, delta)
-                self._checked = True
+                self._checked = check_release(self._release, loss, delta)
             (gradient,) = torch.autograd.grad(loss, delta)
             restore()
             self._descend(rows_U, gradient)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,50 @@ def roles_of(
     return roles
 
 
+class Caller(Protocol):
+    """What calls a network in place of its own `forward`."""
+
+    def call(
+        self, original: Callable[..., Any], role: Role, compiled: bool, args: Any, kwargs: Any
+    ) -> Any:
+        """Call a network as its role asks."""
+        ...
+
+    def keep(self, module: nn.Module, name: str, own: Any) -> None:
+        """Note what a patched attribute was, None where there was none."""
+        ...
+
+
+class Patched:
+    """Stands in a network where its `forward` was."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        module: nn.Module,
+        original: Callable[..., Any],
+        role: Role,
+        compiled: bool,
+    ) -> None:
+        self._caller, self._module, self._role = caller, module, role
+        self._compiled = compiled
+        self.__wrapped__ = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network as its role asks."""
+        return self._caller.call(self.__wrapped__, self._role, self._compiled, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patched | None:
+        """Return what stands in a copy that a step makes of a network: a new momentum branch."""
+        copied = memo.get(id(self._module))
+        if copied is None or self._compiled:
+            return None
+        self._caller.keep(copied, "forward", None)
+        original = type(copied).forward.__get__(copied)
+        role: Role = "classifier" if self._role == "classifier" else "momentum"
+        return Patched(self._caller, copied, original, role, False)
+
+
 class Lineage:
     """Where tensors come from, read off the autograd graph of one loss."""
 
@@ -62,6 +106,8 @@ class Lineage:
         self.momentum: set[Any] = set()
         """Graph nodes of what the momentum branch returned."""
         self.momentum_called = False
+        self.inference = False
+        """Whether the momentum branch ran in inference mode, which no gradient ever passes."""
         self._online: set[Any] = set()
         self._before_networks: set[Any] = set()
 
@@ -70,7 +116,9 @@ class Lineage:
         self.momentum_called |= role == "momentum"
         nodes = self.momentum if role == "momentum" else self._online
         tree = vars(output) if dataclasses.is_dataclass(output) else output
-        nodes.update(tensor.grad_fn for tensor in tensors_in(tree) if tensor.grad_fn is not None)
+        found = list(tensors_in(tree))
+        self.inference |= role == "momentum" and any(tensor.is_inference() for tensor in found)
+        nodes.update(tensor.grad_fn for tensor in found if tensor.grad_fn is not None)
 
     def origin(self, tensor: Tensor) -> Origin:
         """Tell which branch a tensor comes from; `view` is before any network."""

@@ -266,8 +266,7 @@ class _Asking(Attack):
 
             def look(loss: Tensor, delta: Tensor = delta, gradient: Tensor = gradient) -> None:
                 if not self._checked:
-                    check_release(self._release, loss, delta)
-                    self._checked = True
+                    self._checked = check_release(self._release, loss, delta)
                 # The body may call backward for each of several losses.
                 gradient.add_(torch.autograd.grad(loss, delta, retain_graph=True)[0])
                 with torch._C.DisableTorchFunction():  # while released, detach may do nothing

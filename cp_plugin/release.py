@@ -14,6 +14,7 @@ compiled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map
 from cp_plugin.branches import (
     Lineage,
     Origin,
+    Patched,
     Role,
     classifiers_of,
     dependent_in,
@@ -41,6 +43,8 @@ from cp_plugin.branches import (
 from cp_plugin.config import UserError
 from cp_plugin.gather import gather_with_gradient
 from cp_plugin.untouched import Untouched, untouched
+
+log = logging.getLogger("cp_plugin")
 
 __all__ = ["Release", "Untouched", "check_release", "release", "untouched"]
 
@@ -77,16 +81,19 @@ def release(
     )
 
 
-def check_release(released: Release, loss: Tensor, delta: Tensor) -> None:
+def check_release(released: Release, loss: Tensor, delta: Tensor) -> bool:
     """Check that a loss computed under `release` depends on delta, also by the momentum branch.
 
-    To be called once a run, after the `with` block and before the backward pass: it walks the
-    whole graph.
+    To be called after the `with` block and before the backward pass, until it returns True: it
+    walks the whole graph.
 
     Args:
         released: the context in which the loss was computed.
         loss: scalar.
         delta: the tensor that the gradient is asked for.
+
+    Returns:
+        Whether that is settled; not before the momentum branch has run.
 
     Raises:
         UserError: no path from the loss to delta, or none through the momentum branch.
@@ -102,11 +109,14 @@ def check_release(released: Release, loss: Tensor, delta: Tensor) -> None:
     if not released.momentum_modules or any(
         is_node_of(node, delta) for node in graph_below(outputs)
     ):
-        return
-    how = "runs, but is cut off" if released.lineage.momentum_called else "never runs"
+        return True
+    if not released.lineage.momentum_called:  # a method may have a first phase without it
+        released.tell_idle()
+        return False
     raise UserError(
         "expected a loss whose gradient reaches the views through the momentum branch, but the "
-        f"branch {how}: `.data` and `torch.inference_mode` cannot be undone. Remove them from the "
+        "branch runs, but is cut off: `.data` and `torch.inference_mode` cannot be undone. Remove "
+        "them from the "
         "module, name its momentum branch with poison.momentum_modules=[…], or set "
         "poison.dual_branch=false."
     )
@@ -130,6 +140,7 @@ class Release(TorchFunctionMode):
         self._roles = roles_of(module, self.momentum_modules, classifiers)
         self._patched: list[tuple[nn.Module, str, Any]] = []
         self._in_network = False
+        self._told = False
 
     def __enter__(self) -> Release:
         """Wrap the networks and start to intercept torch functions."""
@@ -151,7 +162,7 @@ class Release(TorchFunctionMode):
         torch._C._pop_torch_function_stack()
         for module, name, own in reversed(self._patched):
             if own is None:
-                del module.__dict__[name]
+                module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = own
         self._patched.clear()
@@ -190,6 +201,16 @@ class Release(TorchFunctionMode):
         # The host may overwrite these tensors later, since to it they need no gradient.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_copied, _same):
             return func(*args, **kwargs)
+
+    def tell_idle(self) -> None:
+        """Say once that the momentum branch has not run."""
+        if not self._told:
+            log.warning(
+                "the momentum branch has not run yet, so no gradient flows through it; if it never "
+                "does, name another one with poison.momentum_modules=[…] or set "
+                "poison.dual_branch=false"
+            )
+        self._told = True
 
     def _opens(self, origins: set[Origin], arguments: Any) -> bool:
         """Whether a function that runs without gradient belongs to the momentum branch."""
@@ -238,22 +259,22 @@ class Release(TorchFunctionMode):
 
     def _patch(self, module: nn.Module, role: Role) -> None:
         name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        original = getattr(module, name)
-        compiled = is_compiled(module)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(original, role, compiled, args, kwargs)
-
-        call.__wrapped__ = original  # type: ignore[attr-defined]
-        self._patched.append((module, name, module.__dict__.get(name)))
+        call = Patched(self, module, getattr(module, name), role, is_compiled(module))
+        self.keep(module, name, module.__dict__.get(name))
         module.__dict__[name] = call
 
-    def _call(
+    def keep(self, module: nn.Module, name: str, own: Any) -> None:
+        """Note what a patched attribute was, None where there was none."""
+        self._patched.append((module, name, own))
+
+    def call(
         self, original: Callable[..., Any], role: Role, compiled: bool, args: Any, kwargs: Any
     ) -> Any:
         """Call a network: gradient, interception and record as its role asks."""
         if self._in_network:
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            self.lineage.record(output, role)  # a forward hook of the host may take it away
+            return output
         with self._uninterrupted():
             origins = {self.lineage.origin(tensor) for tensor in dependent_in((args, kwargs))}
             on_momentum = role == "online" and "momentum" in origins

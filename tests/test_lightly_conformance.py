@@ -7,7 +7,9 @@ import pytest
 import pytorch_lightning
 import torch
 
-from tests.lightly_modules import MODULES
+from cp_plugin.config import UserError
+from tests.lightly_modules import MODULES, Style
+from tests.lightly_odd_modules import ODD, InferenceTeacher
 from tests.lightly_suite import (
     Conformance,
     check_gradient,
@@ -28,7 +30,7 @@ def double_precision() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-every_module = pytest.mark.parametrize("style", MODULES, ids=lambda style: style.name)
+every_module = pytest.mark.parametrize("style", [*MODULES, *ODD], ids=lambda style: style.name)
 
 
 @every_module
@@ -46,3 +48,9 @@ def test_labels_stay_outside(style):
 @every_module
 def test_a_noise_phase_leaves_no_trace(style):
     check_untouched(Conformance(style, lightning.pytorch))
+
+
+def test_a_teacher_in_inference_mode_is_refused(double_precision):
+    style = Style("cut", InferenceTeacher(), momentum=("teacher",))
+    with pytest.raises(UserError, match="inference_mode"):
+        Conformance(style).gradient()

@@ -451,10 +451,23 @@ def test_error_when_the_branch_is_cut() -> None:
         Steps(host).gradient(host.momentum_modules())
 
 
-def test_error_when_the_branch_never_runs() -> None:
-    host = BYOL()
-    with pytest.raises(UserError, match=r"the branch never runs: .*poison\.momentum_modules"):
-        Steps(host).gradient([nn.Linear(2, 2)])
+def test_a_branch_that_has_not_run_yet_is_named_once_and_looked_at_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    delta = torch.zeros(2, 4, requires_grad=True)
+    online, target = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+    both = nn.ModuleList([online, target])
+    released = release(both, [target])
+    found = []
+    for runs in (False, False, True):
+        with released:
+            loss = online(delta).square().mean()
+            loss = loss + target(delta).detach().square().mean() if runs else loss
+        found.append(check_release(released, loss, delta))
+    assert found == [False, False, True]
+    (message,) = caplog.messages
+    assert "has not run yet" in message
+    assert "poison.momentum_modules" in message
 
 
 def test_error_when_nothing_reaches_delta() -> None:

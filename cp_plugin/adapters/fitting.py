@@ -149,7 +149,8 @@ def choosing(released: Release, views: Sequence[Tensor], batch: Batch, found: Ch
     def look(loss: Tensor) -> None:
         lineage = released.lineage
         reaches = bool(lineage.momentum & graph_below([loss]))
-        found.only = lineage.momentum_called and not (reaches or cuts.seen)
+        cut = cuts.seen or lineage.inference
+        found.only = lineage.momentum_called and not (reaches or cut)
 
     with untouched(released.module), torch.enable_grad():
         released.module.eval()

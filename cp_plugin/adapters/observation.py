@@ -14,6 +14,9 @@ from cp_plugin.branches import graph_below, is_compiled, tensors_in
 from cp_plugin.host import Batch
 from cp_plugin.untouched import untouched
 
+FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "omegaconf"})
+"""Objects of these are not searched for networks."""
+
 
 @dataclass
 class Observation:
@@ -90,12 +93,18 @@ def observing(
 
     def look(loss: Tensor) -> None:
         below = graph_below([loss])
-        seen.trained = {id(node.variable) for node in below if hasattr(node, "variable")}
-        seen.connected = {id(unit) for unit, node in outputs if node is not None and node in below}
+        known = _replaced(networks, named_networks(module))
+        trained = (id(node.variable) for node in below if hasattr(node, "variable"))
+        seen.trained = {known.get(key, key) for key in trained}
+        connected = (id(unit) for unit, node in outputs if node is not None and node in below)
+        seen.connected = {known.get(key, key) for key in connected}
+        for key in known.keys() & seen.calls.keys():
+            seen.calls.setdefault(known[key], []).extend(seen.calls.pop(key))
         after = _states(units.values())
         seen.written = {key for key, state in after.items() if before.get(key, state) != state}
 
-    units = {id(u): u for n in named_networks(module).values() for u in units_in(n)}
+    networks = named_networks(module)
+    units = {id(u): u for network in networks.values() for u in units_in(network)}
     with untouched(module, freeze=False), torch.enable_grad():
         module.eval()
         before = _states(units.values())
@@ -154,6 +163,22 @@ def _hidden(name: str, value: Any) -> Iterator[tuple[str, nn.Module]]:
     elif isinstance(value, dict):
         for key, item in list(value.items())[:64]:
             yield from _hidden(f"{name}.{key}", item)
+    elif type(value).__module__.partition(".")[0] not in FRAMEWORKS:  # an average that is no module
+        for key, item in getattr(value, "__dict__", {}).items():
+            if isinstance(item, nn.Module):
+                yield f"{name}.{key}", item
+
+
+def _replaced(before: dict[str, nn.Module], now: dict[str, nn.Module]) -> dict[int, int]:
+    """Return, for units and parameters that a step has put in others' places, whose places."""
+    found: dict[int, int] = {}
+    for name, network in now.items():
+        old = before.get(name)
+        if old is not None and old is not network:
+            found |= {id(a): id(b) for a, b in zip(units_in(network), units_in(old), strict=False)}
+            pairs = zip(network.parameters(), old.parameters(), strict=False)
+            found |= {id(a): id(b) for a, b in pairs}
+    return found
 
 
 def _states(units: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
