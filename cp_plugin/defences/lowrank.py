@@ -23,8 +23,10 @@ OVERRELAXED = 1.6
 """Within (1, 2) fewer steps are needed (Eckstein, Bertsekas, 1992)."""
 MARGIN = 1.1
 """By how much the largest eigenvalue stays below what the iteration converges for."""
-CLOSE = 1e-2
-"""Eigenvalues nearer to the threshold than this part of it need not be told apart."""
+CLOSE = 5e-3
+"""Singular values nearer to the threshold than this part of it need not be told apart."""
+PORTION = 64
+"""Matrices that a processor works on at a time, so that they stay in its cache."""
 CONVERGED = 1e-5
 
 
@@ -47,6 +49,9 @@ def complete(
         UserError: shapes or types do not match.
     """
     _check(matrices_NRK, kept_NRK)
+    if matrices_NRK.device.type == "cpu" and len(matrices_NRK) > PORTION:
+        portions = zip(matrices_NRK.split(PORTION), kept_NRK.split(PORTION), strict=True)
+        return torch.cat([complete(m, kept, shrinkage, iterations) for m, kept in portions])
     known = torch.where(kept_NRK, matrices_NRK, 0)
     part = kept_NRK.to(known.dtype).mean((1, 2), keepdim=True).clamp(min=1 / known[0].numel())
     size = torch.linalg.matrix_norm(known)[:, None, None] / part.sqrt()
@@ -68,8 +73,9 @@ def complete(
 def soft_threshold(matrices_NRK: Tensor, threshold_N11: Tensor) -> Tensor:
     """Return matrices whose singular values s are max(s - threshold, 0).
 
-    Singular vectors stay. From the Gram matrix G alone, D = P (1 - t G'^(-1/2)) X, where
-    P = (1 + sign(G - t^2)) / 2 and G' = P G + (1 - P) t^2, in matrix products only.
+    Singular vectors stay. From the Gram matrix G alone, D = P (1 - t G^(-1/2)) X, where
+    P = (1 + sign(G^(1/2) - t)) / 2, in matrix products only. Where the roots of eigenvalues far
+    below t^2 have not converged, P is 0.
 
     Args:
         matrices_NRK: float (N, R, K).
@@ -78,13 +84,11 @@ def soft_threshold(matrices_NRK: Tensor, threshold_N11: Tensor) -> Tensor:
     gram = matrices_NRK @ matrices_NRK.mT
     scale = MARGIN * torch.linalg.matrix_norm(gram)[:, None, None]
     scale = torch.maximum(scale, MARGIN * threshold_N11**2)
-    gram = gram / scale
-    cut = threshold_N11**2 / scale
+    cut = threshold_N11 / scale.sqrt()
     one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    above = (_sign(gram - cut * one) + one) / 2
-    lifted = above @ gram + cut * (one - above)
-    root = _inverse_root((lifted + lifted.mT) / 2)
-    product: Tensor = (above - cut.sqrt() * (above @ root)) @ matrices_NRK
+    root, inverse = _roots(gram / scale)
+    above = (_sign((root + root.mT) / 2 - cut * one) + one) / 2
+    product: Tensor = (above @ (one - cut * inverse)) @ matrices_NRK
     return product
 
 
@@ -117,7 +121,7 @@ def _scaled_newton_schulz(low: float) -> list[tuple[float, float]]:
 LEAST = (0.5 * THRESHOLD / MARGIN) ** 2
 """The threshold's square in units of `scale`, at least: a step's matrix may be larger than its
 image, but not twice as large."""
-_TO_SIGN = _scaled_newton_schulz(CLOSE * LEAST)
+_TO_SIGN = _scaled_newton_schulz(CLOSE * LEAST**0.5)
 _TO_ROOT = _scaled_newton_schulz(LEAST**0.5)
 
 
@@ -128,8 +132,8 @@ def _sign(symmetric: Tensor) -> Tensor:
     return symmetric
 
 
-def _inverse_root(symmetric: Tensor) -> Tensor:
-    """Return the inverse square root of a symmetric matrix with eigenvalues in [LEAST, 1]."""
+def _roots(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the square root of a symmetric matrix and its inverse, for eigenvalues >= LEAST."""
     one = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
     (a, b), *others = _TO_ROOT
     inverse = a * one + b * symmetric
@@ -137,4 +141,4 @@ def _inverse_root(symmetric: Tensor) -> Tensor:
     for a, b in others:
         factor = a * one + b * (inverse @ root)
         root, inverse = root @ factor, factor @ inverse
-    return inverse
+    return root, inverse
