@@ -50,7 +50,7 @@ def complete(
     """
     _check(matrices_NRK, kept_NRK)
     if matrices_NRK.device.type == "cpu" and len(matrices_NRK) > PORTION:
-        portions = zip(matrices_NRK.split(PORTION), kept_NRK.split(PORTION), strict=True)
+        portions = zip(*(torch.split(t, PORTION) for t in (matrices_NRK, kept_NRK)), strict=True)
         return torch.cat([complete(m, kept, shrinkage, iterations) for m, kept in portions])
     known = torch.where(kept_NRK, matrices_NRK, 0)
     part = kept_NRK.to(known.dtype).mean((1, 2), keepdim=True).clamp(min=1 / known[0].numel())
