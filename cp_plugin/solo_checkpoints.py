@@ -131,7 +131,7 @@ def _pipeline(solo: Any, cfg: DictConfig) -> Any:
 
 def _solo_learn(path: object) -> Any:
     try:
-        import solo  # type: ignore[import-not-found]
+        import solo
         import solo.data.pretrain_dataloader
         import solo.methods.base
     except ImportError as error:

@@ -180,7 +180,7 @@ def test_a_poison_for_another_data_set(pretrain, tmp_path):
     other = Poison(Perturbation.zeros(1, (3, 32, 32), 8 / 255), "sample", keys=torch.tensor([5]))
     other.save(tmp_path / "other.safetensors")
     result = pretrain("+poison=inject", "poison.path=other.safetensors")
-    refused(result, "no row for 12 of the first 12 images", "astronaut_000.png")
+    refused(result, "no row for 12 of 12 images looked up", "astronaut_000.png")
 
 
 def test_a_truncated_poison(pretrain, tmp_path):
