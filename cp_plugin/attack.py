@@ -156,7 +156,7 @@ class Attack:
         with torch.set_grad_enabled(self.config.joint):
             delta = self.perturbation.gather(rows_U)
             if self.config.joint:
-                delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))
+                delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
             return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
 
     def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:

@@ -150,7 +150,7 @@ def knn(
     highest = int(torch.cat([bank_labels, query_labels]).max()) + 1
     if classes is not None and classes < highest:
         raise UserError(f"classes={classes}, but a label is {highest - 1}; raise classes.")
-    correct, truth = 0, iter(query_labels.split(QUERY_BATCH))
+    correct, truth = 0, iter(torch.split(query_labels, QUERY_BATCH))
     for cosines, rows in search(bank, queries, neighbours, kind):
         voted = vote(cosines, bank_labels[rows], temperature, classes or highest)
         correct += int((voted == next(truth)).sum())

@@ -41,7 +41,7 @@ def search(bank: Tensor, queries: Tensor, k: int, kind: str) -> Iterator[tuple[T
         UserError: faiss is not installed.
     """
     index = _index(functional.normalize(bank).numpy(), kind)
-    for part in queries.split(QUERY_BATCH):
+    for part in torch.split(queries, QUERY_BATCH):
         cosines, rows = index.search(functional.normalize(part).numpy(), k)
         yield torch.from_numpy(cosines), torch.from_numpy(rows)
 
