@@ -1,6 +1,6 @@
 """One sample-wise noise step against its floor, and against the authors' code.
 
-    python -m tests.bench.step [--official DIR] [--batch N] [--rows N] [--repeats N]
+    python -m tests.bench.step [--precision 32|bf16] [--official DIR] [--batch N] [--rows N]
 
 ResNet-18 with a CIFAR stem, the paper's CIFAR augmentations, T = 1. The floor is the network alone:
 forward and backward to its input, weights frozen, eval mode, both views, same precision, same run;
@@ -14,7 +14,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,9 +50,11 @@ ENCODERS = {
 """The networks of each branch, in the order in which they are run."""
 
 
-def bf16() -> AbstractContextManager[Any]:
-    """Cast as `precision=bf16-mixed` does."""
-    return torch.autocast(DEVICE.type, torch.bfloat16)
+Cast = Callable[[], AbstractContextManager[Any]]
+PRECISIONS: dict[str, Cast] = {
+    "32": nullcontext,
+    "bf16": lambda: torch.autocast(DEVICE.type, torch.bfloat16),  # as precision=bf16-mixed does
+}
 
 
 def batches(opened: Opened, size: int) -> Batch:
@@ -63,12 +65,12 @@ def batches(opened: Opened, size: int) -> Batch:
 
 
 def noise_step(
-    method: str, opened: Opened, rows: int, batch: Batch
+    method: str, opened: Opened, rows: int, batch: Batch, cast: Cast
 ) -> tuple[Any, Callable[[], Any]]:
     """Return the module of a method, and its noise step on a batch."""
     cfg = complete(compose(method, ["~backbone.kwargs"]))
     module = build_method(cfg, SIZE).to(DEVICE)
-    host = LightningHost(module, opened.with_views, precision=bf16)
+    host = LightningHost(module, opened.with_views, precision=cast)
     perturbation = Perturbation.uniform(rows, (3, SIZE, SIZE), EPS, "float16")
     own = Rows.of_samples(torch.ones(rows, dtype=torch.bool))
     config = CraftConfig(pgd_steps=1)
@@ -76,7 +78,7 @@ def noise_step(
     return module, lambda: list(attack.noise_phase([batch], 0))
 
 
-def floor(module: Any, method: str, size: int) -> Callable[[], Any]:
+def floor(module: Any, method: str, size: int, cast: Cast) -> Callable[[], Any]:
     """Return the bare pass through the branches, forward and backward to the input."""
     shape = (2 * size, 3, SIZE, SIZE)
     images = torch.rand(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -85,7 +87,7 @@ def floor(module: Any, method: str, size: int) -> Callable[[], Any]:
         before = {name: weight.requires_grad for name, weight in module.named_parameters()}
         module.eval().requires_grad_(False)
         x = images.clone().requires_grad_()
-        with bf16():
+        with cast():
             total = sum(through(module, names, x).float().sum() for names in ENCODERS[method])
         torch.autograd.grad(total, x)  # type: ignore[arg-type]
         for name, weight in module.named_parameters():
@@ -137,19 +139,19 @@ def official_step(folder: Path, rows: int, batch: Batch) -> Callable[[], Any]:
     return run
 
 
-def measure(batch_size: int, rows: int, official: Path | None, repeats: int) -> dict[str, Any]:
+def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Return the result: a row a method."""
-    photos = Photos(train=True, patches=-(-rows // 12))
-    found = []
+    photos = Photos(train=True, patches=-(-given.rows // 12))
+    cast, found = PRECISIONS[given.precision], []
     for method in METHODS:
         photos.transform = build_pipeline(complete(compose(method, ["~backbone.kwargs"])))
         opened = Opened(photos, SIZE)
-        batch = batches(opened, batch_size)
-        module, step = noise_step(method, opened, len(photos), batch)
-        runs = {"step": step, "floor": floor(module, method, batch_size)}
-        if official is not None and method == "simclr":
-            runs["official"] = official_step(official, len(photos), batch)
-        times = interleaved(runs, repeats)
+        batch = batches(opened, given.batch)
+        module, step = noise_step(method, opened, len(photos), batch, cast)
+        runs = {"step": step, "floor": floor(module, method, given.batch, cast)}
+        if given.official is not None and method == "simclr":
+            runs["official"] = official_step(given.official, len(photos), batch)
+        times = interleaved(runs, given.repeats)
         seconds = {name: time["median"] / 1e3 for name, time in times.items()}
         cpu = {name: time["cpu"] / 1e3 for name, time in times.items()}
         theirs = seconds.get("official")
@@ -170,8 +172,8 @@ def measure(batch_size: int, rows: int, official: Path | None, repeats: int) -> 
         print(method, {name: round(value, 3) for name, value in seconds.items()})
     return {
         "passport": passport(["torch", "torchvision", "timm", "lightly", "kornia", "numba"]),
-        "what": f"ResNet-18, CIFAR stem, batch {batch_size}, {len(photos)} rows, sample-wise, T 1, "
-        "bf16 autocast, channels last",
+        "what": f"ResNet-18, CIFAR stem, batch {given.batch}, {len(photos)} rows, sample-wise, "
+        f"T 1, precision {given.precision}, channels last",
         "peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "rows": found,
     }
@@ -180,12 +182,13 @@ def measure(batch_size: int, rows: int, official: Path | None, repeats: int) -> 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--official", type=Path)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    print(write("step", measure(given.batch, given.rows, given.official, given.repeats)))
+    print(write(f"step-{given.precision}", measure(given)))
 
 
 if __name__ == "__main__":
