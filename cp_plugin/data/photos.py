@@ -40,7 +40,7 @@ TEST_COLUMN = (1, 2, 0)
 """The column of the test cell in each row of cells."""
 SIDES = (0.14, 0.30)
 """Sides of the cut patches, in units of the photograph's shorter side."""
-TRAIN_PATCHES, TEST_PATCHES = 150, 50
+TRAIN_PATCHES, TEST_PATCHES = 150, 150
 
 
 class Box(NamedTuple):
@@ -75,7 +75,7 @@ class Photos(Dataset[tuple[Any, int]]):
             train: the part for training, or the part for testing.
             size: side of a patch in pixels.
             transform: applied to each PIL image.
-            patches: patches a photograph; None: 150 for training, 50 for testing.
+            patches: patches a photograph; None: 150 each.
             seed: of the positions and sizes of the patches.
 
         Raises:
