@@ -47,9 +47,10 @@ def hardware() -> str:
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def write(theme: str, result: dict[str, Any]) -> Path:
-    """Write `results/<theme>_<hardware>_<date>.json`."""
-    name = re.sub(r"[^a-z0-9]+", "-", result["passport"]["hardware"].lower()).strip("-")
+def write(theme: str, result: dict[str, Any], variant: str = "") -> Path:
+    """Write `results/<theme>_<hardware>[-<variant>]_<date>.json`."""
+    told = f"{result['passport']['hardware']} {variant}"
+    name = re.sub(r"[^a-z0-9]+", "-", told.lower()).strip("-")
     path = RESULTS / f"{theme}_{name}_{result['passport']['date']}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -97,6 +97,95 @@ def demo(results: list[Result]) -> str:
     return "\n".join([*lines, "", setting, _source(newest)])
 
 
+def solo(results: list[Result]) -> str:
+    """Every row of the newest run through solo-learn, seed by seed, and the command of a victim."""
+    newest = results[-1]
+    lines = [
+        "| seed | poison | clean bank | poisoned bank | control | victim's steps | "
+        "surrogate's steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in newest["rows"]:
+        keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
+        accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
+        steps = (row["victim_steps"], row.get("surrogate_steps", "-"))
+        cells = (row["seed"], row["poison"], *accuracies, *steps)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    first = newest["rows"][0]
+    setting = (
+        f"{newest['what']}; k = {first['k']}, T = {first['temperature']:g}, cosine, "
+        f"{first['victim_epochs']} epochs."
+    )
+    return "\n".join([*lines, "", setting, _source(newest)])
+
+
+def knn(results: list[Result]) -> str:
+    """Seconds and accuracy of every way in the newest run."""
+    newest = results[-1]
+    lines = [
+        "| way | seconds | times Lightly's | times solo-learn's | accuracy | other votes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in newest["rows"]:
+        times = [row.get(key) for key in ("times_lightly", "times_solo_learn")]
+        unlike = row["votes_unlike_flat"]
+        cells = (
+            row["way"],
+            f"{row['seconds']:.2f}",
+            *("-" if value is None else f"{value:.1f}" for value in times),
+            f"{row['accuracy']:.2f}",
+            "-" if unlike is None else unlike,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", f"{newest['what']}. {_source(newest)}"])
+
+
+def step(results: list[Result]) -> str:
+    """A noise step of every method against its floor: the newest run in each precision."""
+    lines = [
+        "| precision | method | seconds | floor | times the floor | authors' code | times faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    newest = {result["precision"]: result for result in results}
+    for precision, result in newest.items():
+        for row in result["rows"]:
+            theirs, faster = row["official_seconds"], row["ratio_to_official"]
+            cells = (
+                precision,
+                row["method"],
+                f"{row['seconds']:.2f}",
+                f"{row['floor_seconds']:.2f}",
+                f"{row['ratio_to_floor']:.2f}",
+                "-" if theirs is None else f"{theirs:.2f}",
+                "-" if faster is None else f"{faster:.1f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    last = results[-1]
+    return "\n".join([*lines, "", f"{last['what']}. {_source(last)}"])
+
+
+def completion(results: list[Result]) -> str:
+    """Matrix completion of a batch, and of a whole data set."""
+    newest = results[-1]
+    lines = [
+        "| way | one thresholding step, ms | a batch completed, ms | 4 completions of 50,000, s |",
+        "|---|---|---|---|",
+    ]
+    for name, way in (("products", "matrix products, batched"), ("numpy", "numpy, a loop")):
+        cells = (
+            way,
+            f"{newest['step_ms'][name]['median']:.1f}",
+            f"{newest['completion_ms'][name]['median']:,.0f}",
+            f"{newest['completions_of_a_data_set_seconds'][name]:,.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    told = (
+        f"{newest['times_numpy']:.1f} times faster by the clock; largest difference between the "
+        f"two {newest['largest_difference']:.0e}. {newest['what']}."
+    )
+    return "\n".join([*lines, "", told, _source(newest)])
+
+
 def solo_methods() -> str:
     """Every method of solo-learn: what the conformance suite serves, what is refused and why."""
     lines = ["| method | served | momentum branch |", "|---|---|---|"]
@@ -155,9 +244,13 @@ def _source(result: Result) -> str:
 
 
 THEMES: dict[str, Callable[[list[Result]], str]] = {
+    "completion": completion,
     "demo": demo,
+    "knn": knn,
     "loader": loader,
     "mirror": mirror,
+    "solo": solo,
+    "step": step,
     "study": study,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}

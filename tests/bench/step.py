@@ -173,7 +173,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "passport": passport(["torch", "torchvision", "timm", "lightly", "kornia", "numba"]),
         "what": f"ResNet-18, CIFAR stem, batch {given.batch}, {len(photos)} rows, sample-wise, "
-        f"T 1, precision {given.precision}, channels last",
+        "T 1, channels last",
+        "precision": given.precision,
         "peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "rows": found,
     }
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    print(write(f"step-{given.precision}", measure(given)))
+    print(write("step", measure(given), given.precision))
 
 
 if __name__ == "__main__":
