@@ -140,6 +140,8 @@ class Attack:
             )
         self._release = release(host.module, momentum)
         self._checked = False
+        self.scaled: Callable[[Tensor], Tensor] = lambda loss: loss
+        """Makes a loss large enough for gradients in float16; their signs alone are used."""
         self.moved = False
         """Whether any gradient has reached delta."""
 
@@ -186,7 +188,7 @@ class Attack:
                 loss = self.host.loss(views, batch)
             if not self._checked:
                 self._checked = check_release(self._release, loss, delta)
-            (gradient,) = torch.autograd.grad(loss, delta)
+            (gradient,) = torch.autograd.grad(self.scaled(loss), delta)
             restore()
             self._descend(rows_U, gradient)
             losses.append(loss.detach().float())

@@ -92,6 +92,7 @@ class Crafting:
             self.attack = self.attack_class(
                 self.host, self.twin, old.perturbation, old.rows, self.config, self.seed
             )
+            self.attack.scaled = old.scaled
             self._bound = found
 
     def announce(self, batch_size: int) -> None:

@@ -144,8 +144,9 @@ class Perturbation:
 
         Args:
             rows_U: int64, each row once.
-            gradient_UCHW: gradient of the loss that is minimised; NaN moves nothing.
+            gradient_UCHW: gradient of the loss that is minimised, in any unit; NaN and infinities,
+                which an overflow leaves, move nothing.
             step: length of the step, in pixels.
         """
-        direction = torch.nan_to_num(gradient_UCHW.float()).sign_()
+        direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
         self.write(rows_U, self.gather(rows_U).sub_(direction, alpha=step))

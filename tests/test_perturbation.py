@@ -49,9 +49,10 @@ def test_descend_steps_against_the_sign():
     assert perturbation.gather(torch.tensor([1])).abs().max() == 0
 
 
-def test_a_gradient_that_is_not_a_number_moves_nothing():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_no_finite_number_moves_nothing(value):
     perturbation = Perturbation.zeros(1, SHAPE, EPS)
-    perturbation.descend(torch.tensor([0]), torch.full((1, *SHAPE), torch.nan), EPS)
+    perturbation.descend(torch.tensor([0]), torch.full((1, *SHAPE), value), EPS)
     assert perturbation.gather(torch.tensor([0])).abs().max() == 0
 
 

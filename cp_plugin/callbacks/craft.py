@@ -91,6 +91,9 @@ class CraftPoison(Callback):
         self.crafting = self.crafting_class(
             host, twin, opened, self.config, seed, self.folder, self._resumed
         )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
+        if scaler is not None:
+            self.attack.scaled = scaler.scale
         self.plan(trainer, loader)
         self.crafting.announce((loader.batch_size or 0) * trainer.world_size)
         self._settled = False
