@@ -175,6 +175,22 @@ class Attack:
             for number, batch in enumerate(batches):
                 yield self._noise_batch(batch, (step, number), found.restore)
 
+    def check_moved(self, where: str) -> None:
+        """Check, after the backward pass of a joint step, that it has moved delta.
+
+        Args:
+            where: what computes the loss, for the error.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.config.joint and not self.moved:
+            raise UserError(
+                f"poison.schedule=joint found no gradient from the loss to the views: {where} "
+                "detaches them, or computes its loss without a graph; use "
+                "poison.schedule=alternate, which says more."
+            )
+
     def _noise_batch(
         self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
     ) -> Tensor:

@@ -8,7 +8,7 @@ weights, opens the momentum branch and takes the gradient from `loss.backward()`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,15 @@ from torch.utils.data import DataLoader
 from cp_plugin.adapters.fitting import check_module, check_pipeline
 from cp_plugin.adapters.module import ModuleHost
 from cp_plugin.adapters.observation import Ask, Asking, named_networks
-from cp_plugin.attack import Attack
-from cp_plugin.attack import poisoned as poisoned_images
+from cp_plugin.asking import AskingCrafting
 from cp_plugin.callbacks.base import run_seed
 from cp_plugin.callbacks.feed import endless, moved, opened_loader
 from cp_plugin.callbacks.inject import inject
 from cp_plugin.config import CraftConfig, UserError, build
-from cp_plugin.crafting import Crafting
 from cp_plugin.data import Opened, Poisoned
 from cp_plugin.host import Batch
 from cp_plugin.mirror import mirror
 from cp_plugin.poison import Poison
-from cp_plugin.release import check_release, untouched
 
 log = logging.getLogger("cp_plugin")
 
@@ -118,7 +115,7 @@ class PoisonLoop:
         self._batches = endless(self._loader)
         seed = run_seed() if config.seed is None else config.seed
         folder = Path(config.dir or ".")
-        self._crafting = _LoopCrafting(self._host, twin, self._opened, config, seed, folder)
+        self._crafting = AskingCrafting(self._host, twin, self._opened, config, seed, folder)
         self._crafting.plan(len(dataloader))
         self._crafting.announce(dataloader.batch_size or 0)
         self._folder = folder
@@ -146,11 +143,13 @@ class PoisonLoop:
             if schedule.finished:
                 return
             batch = self._moved(raw)
-            views = self._crafting.attack.views(batch, self._model_batches)
-            yield self._opened.with_views(batch.sample, views)
+            if self._crafting.config.joint and not self._settled:
+                yield from self._settle(batch)
+            yield self._opened.with_views(batch.sample, self._views(batch))
+            self._crafting.attack.check_moved("the body of the loop")
             self._model_batches += 1
             if schedule.model_step():
-                yield from self._noise_phase(batch, views)
+                yield from self._noise_phase(batch)
 
     @property
     def finished(self) -> bool:
@@ -196,14 +195,27 @@ class PoisonLoop:
         self._crafting.schedule.steps_done = int(state["steps_done"])
         self._model_batches = int(state["model_batches"])
 
-    def _noise_phase(self, batch: Batch, views: list[Tensor]) -> Iterator[Any]:
+    def _views(self, batch: Batch) -> list[Tensor]:
+        return self._crafting.attack.views(batch, self._model_batches)
+
+    def _settle(self, batch: Batch) -> Iterator[Any]:
+        """Let the body show, on one batch, what its momentum branch is and what reads labels."""
         self.model_phase = False
         try:
-            if not self._settled:
-                labels = self._crafting.labels_of(batch)
-                settling = self._host.branch.settling(self._host.method, views, batch, labels)
-                yield from self._answered(settling)
-                self._settled = True
+            views = [view.detach() for view in self._views(batch)]
+            labels = self._crafting.labels_of(batch)
+            settling = self._host.branch.settling(self._host.method, views, batch, labels)
+            yield from self._answered(settling)
+            self._settled = True
+            self._crafting.rebind()
+        finally:
+            self.model_phase = True
+
+    def _noise_phase(self, batch: Batch) -> Iterator[Any]:
+        if not self._settled:
+            yield from self._settle(batch)
+        self.model_phase = False
+        try:
             self._crafting.rebind()
             schedule = self._crafting.schedule
             raw = (next(self._batches) for _ in range(schedule.noise_steps))
@@ -238,49 +250,6 @@ class PoisonLoop:
                     f"PoisonLoop expected modules after the loader, got {type(module).__name__}; "
                     "pass the model, and losses that keep a memory bank."
                 )
-
-
-class _Asking(Attack):
-    """The attack, for a loss that is computed by somebody else."""
-
-    def asking(self, batches: Iterator[Batch], step: int, losses: list[Tensor]) -> Asking:
-        """Optimise delta on each batch, as `noise_phase` does; fills in the losses."""
-        with untouched(self.host.module) as found:
-            self.host.module.eval()
-            for number, batch in enumerate(batches):
-                yield from self._asking_batch(batch, (step, number), found.restore, losses)
-
-    def _asking_batch(
-        self,
-        batch: Batch,
-        at: tuple[int, int],
-        restore: Callable[[], None],
-        losses: list[Tensor],
-    ) -> Asking:
-        rows_U, inverse_B = self.rows.of_batch(batch).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        for pgd_step in range(self.config.pgd_steps):
-            delta = self.perturbation.gather(rows_U).requires_grad_()
-            gradient = torch.zeros_like(delta)
-            images = poisoned_images(batch.images, delta[inverse_B])
-            views = self._mirrored(images, "noise", *at, pgd_step)
-
-            def look(loss: Tensor, delta: Tensor = delta, gradient: Tensor = gradient) -> None:
-                if not self._checked:
-                    self._checked = check_release(self._release, loss, delta)
-                # The body may call backward for each of several losses.
-                gradient.add_(torch.autograd.grad(loss, delta, retain_graph=True)[0])
-                with torch._C.DisableTorchFunction():  # while released, detach may do nothing
-                    losses.append(loss.detach().float())
-
-            with self._release:
-                yield Ask(views, batch, look)
-            restore()
-            self.perturbation.descend(rows_U, gradient, self.config.step_size * self.config.eps)
-
-
-class _LoopCrafting(Crafting):
-    attack_class = _Asking
-    attack: _Asking
 
 
 class _Together(nn.Module):

@@ -35,6 +35,7 @@ LAYERS = {
     "banks": 3,
     "baselines": 3,
     "attack": 3,
+    "asking": 3,
     "adapters": 3,
     "crafting": 3,
     "finetune": 4,

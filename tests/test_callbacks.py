@@ -1,6 +1,7 @@
 """Crafting, injecting and monitoring inside Lightning trainers of both roots."""
 
 import csv
+import json
 
 import lightning.pytorch
 import pytest
@@ -95,6 +96,42 @@ def test_crafting_inside_a_users_module(root, granularity, data, tmp_path):
     opened = Opened(data, 32)
     rows = poison.rows([opened[row].key for row in range(48)], ["?"] * 48)
     assert granularity == "class" or (rows >= 0).all()
+
+
+@pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
+def test_a_joint_schedule_moves_delta_with_every_step_of_the_module(root, data, tmp_path):
+    settings = {"init": "zero", "dtype": "float32", "step_size": 0.1}
+    craft = CraftPoison(schedule="joint", rounds=2, model_steps=4, **settings)
+    module = simclr(root)
+    fitting = trainer(root, tmp_path, craft, max_epochs=9)
+    fitting.fit(module, loader(data))
+    assert fitting.global_step == len(module.seen) == 8
+    poison = Poison.load(tmp_path / "poison.safetensors")
+    schedule = json.loads(poison.info["schedule"])
+    assert schedule["joint"] is True
+    assert schedule["surrogate_steps_done"] == schedule["rounds"] * schedule["model_steps"] == 8
+    assert schedule["noise_steps"] == 0
+    # Each image was in two batches, so its row has moved by at most two steps.
+    steps = poison.perturbation.stored / (0.1 * 8 / 255)
+    assert len(steps) == 48
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert (steps.abs().amax((1, 2, 3)).round() == 2).all()
+
+
+def test_a_joint_schedule_needs_a_gradient_to_the_views(data, tmp_path):
+    module = simclr(lightning.pytorch)
+    own_step = module.training_step
+
+    def later_cut(batch, batch_idx):
+        # Not while the module is settled on its first batch, in eval mode.
+        views = [view.detach() for view in batch[0]] if module.training else batch[0]
+        return own_step([views, batch[1]], batch_idx)
+
+    module.training_step = later_cut
+    craft = CraftPoison(schedule="joint", rounds=2, model_steps=2)
+    with pytest.raises(UserError, match="found no gradient from the loss to the views: SimCLR"):
+        trainer(lightning.pytorch, tmp_path, craft).fit(module, loader(data))
+    assert not (tmp_path / "poison.safetensors").exists()
 
 
 def test_labels_stay_with_their_images(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import runpy
 from pathlib import Path
 
@@ -137,6 +138,52 @@ def test_the_momentum_branch_of_a_loop_is_released(loader):
         assert poison._host.momentum_names == ("slow",)
         signs[dual] = poison.poison().perturbation.stored.sign()
     assert (signs[True] != signs[False]).float().mean() > 0.05
+
+
+def test_a_joint_schedule_moves_delta_by_the_bodys_own_backward(loader):
+    model, criterion = Encoder(), NTXentLoss()
+    settings = {"init": "zero", "dtype": "float32", "schedule": "joint"}
+    poison = PoisonLoop(loader, model, criterion, rounds=3, model_steps=2, **settings)
+    weights = copy.deepcopy(model.state_dict())
+    seen = train(poison, model, criterion, epochs=4)
+    # The first batch is looked at in eval mode: for the branches once, for the labels twice.
+    assert [phase for phase, _, _ in seen] == 3 * [False] + 6 * [True]
+    assert all(phase == training for phase, training, _ in seen)
+    assert poison.finished
+    assert any(not torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    found = poison.poison()
+    schedule = json.loads(found.info["schedule"])
+    assert (schedule["joint"], schedule["surrogate_steps_done"]) == (True, 6)
+    # Two epochs of three batches: every image was in two of them.
+    steps = found.perturbation.stored / (0.1 * 8 / 255)
+    assert len(steps) == 24
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert (steps.abs().amax((1, 2, 3)).round() == 2).all()
+
+
+def test_a_joint_loop_refuses_what_it_cannot_serve(loader):
+    model = Encoder(momentum=True)
+
+    def key(x):
+        return model.slow(x).detach()
+
+    def joint(**settings):
+        return PoisonLoop(loader, model, schedule="joint", rounds=1, model_steps=1, **settings)
+
+    with pytest.raises(UserError, match=r"dual_branch=false"):
+        train(joint(momentum_modules=["slow"]), model, NTXentLoss(), key=key)
+    with pytest.raises(UserError, match=r"dual_branch=false"):
+        train(joint(), model, NTXentLoss(), key=key)
+
+    def run(poison, weight, cut):
+        for (x0, x1), target in poison:
+            views = [view.detach() if cut and poison.model_phase else view for view in (x0, x1)]
+            (weight(target) * (model(views[0]) - model(views[1]))).square().mean().backward()
+
+    with pytest.raises(UserError, match=r"depends on the labels"):
+        run(joint(dual_branch=False), lambda target: 1 + target.float().unsqueeze(1), cut=False)
+    with pytest.raises(UserError, match=r"no gradient from the loss to the views: the body"):
+        run(joint(dual_branch=False), lambda _: 1, cut=True)
 
 
 def test_a_body_that_stops_leaves_nothing_behind(loader):

@@ -145,12 +145,7 @@ class CraftPoison(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             pl_module.log("cp_model_loss", loss.detach(), prog_bar=True, batch_size=1)
-        if self.config.joint and not self.attack.moved:
-            raise UserError(
-                "poison.schedule=joint found no gradient from the loss to the views: "
-                f"{type(pl_module).__name__}.training_step detaches them, or computes its loss "
-                "without a graph; use poison.schedule=alternate, which says more."
-            )
+        self.attack.check_moved(f"{type(pl_module).__name__}.training_step")
         if self.schedule.model_step():
             noise_loss = self._noise_phase(trainer, pl_module)
             pl_module.log("cp_noise_loss", noise_loss, prog_bar=True, batch_size=1)
