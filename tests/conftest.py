@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from solo_stock import Stock, custom
 from torch import Tensor
 
 from cp_plugin.data import Photos
@@ -102,3 +104,27 @@ def solo_learn() -> Path:
             "SOLO_LEARN_ROOT to the folder"
         )
     return folder
+
+
+@pytest.fixture
+def stock(
+    solo_learn: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Stock:
+    """solo-learn's applications, run in this process in an empty folder."""
+    for requirement in ("wandb", "einops", "sklearn"):
+        pytest.importorskip(requirement, reason=f"solo-learn needs {requirement}")
+    monkeypatch.syspath_prepend(solo_learn)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Stock(solo_learn, monkeypatch, capsys)
+
+
+@pytest.fixture
+def solo_data(image_folder: Callable[..., Path]) -> tuple[str, ...]:
+    """Overrides that name two small folders of images."""
+    return custom(image_folder("train", 3, 8), image_folder("val", 3, 4))

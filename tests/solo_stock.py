@@ -20,6 +20,7 @@ SMALL = (
     *("max_epochs=1", "optimizer.batch_size=8", "method_kwargs.proj_hidden_dim=16"),
     "method_kwargs.proj_output_dim=8",
 )
+NATIVE = ("backbone.name=resnet18", "~backbone.kwargs")
 CRAFT = ("poison.rounds=2", "poison.model_steps=2", "poison.noise_steps=1", "poison.pgd_steps=1")
 
 

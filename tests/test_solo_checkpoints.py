@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from solo_stock import Stock, custom, only
-from test_solo_stock import NATIVE, stock  # noqa: F401  (a fixture)
+from solo_stock import NATIVE, Stock, only
 
 from cp_plugin.checkpoints import evaluate
 from cp_plugin.config import UserError
@@ -21,20 +19,17 @@ from cp_plugin.transfer import export
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> tuple[str, ...]:
-    return custom(image_folder("train", 3, 8), image_folder("val", 3, 4))
-
-
 @pytest.mark.parametrize("backbone", [(), NATIVE], ids=["timm", "its own"])
 def test_evaluate_finds_what_the_monitor_found(
-    stock: Stock,  # noqa: F811
-    data: tuple[str, ...],
+    stock: Stock,
+    solo_data: tuple[str, ...],
     tmp_path: Path,
     backbone: tuple[str, ...],
 ) -> None:
     poison = ("+poison=random", "poison.eps=64/255", "+data.fraction=0.5")
-    made = stock.pretrain("cifar/simclr", *data, *poison, *backbone, "+monitor=knn", "monitor.k=3")
+    made = stock.pretrain(
+        "cifar/simclr", *solo_data, *poison, *backbone, "+monitor=knn", "monitor.k=3"
+    )
     assert made.code == 0, made.err
     folder = only(tmp_path, "args.json").parent
     with only(folder, "knn.csv").open() as file:
@@ -47,11 +42,11 @@ def test_evaluate_finds_what_the_monitor_found(
 
 
 def test_export_knows_the_images_of_the_run(
-    stock: Stock,  # noqa: F811
-    data: tuple[str, ...],
+    stock: Stock,
+    solo_data: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    made = stock.pretrain("cifar/simclr", *data, "+poison=random", "+data.fraction=0.5")
+    made = stock.pretrain("cifar/simclr", *solo_data, "+poison=random", "+data.fraction=0.5")
     assert made.code == 0, made.err
     out = tmp_path / "out"
     assert export(only(tmp_path, "poison.safetensors"), out) == 12

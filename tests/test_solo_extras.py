@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from solo_stock import CPU, CRAFT, SMALL, Stock, custom, only
-from test_solo_stock import stock  # noqa: F401  (a fixture)
 
 from cp_plugin import cli
 from cp_plugin.patching import patches
@@ -23,13 +22,8 @@ from cp_plugin.poison import Poison
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> tuple[str, ...]:
-    return custom(image_folder("train", 3, 8), image_folder("val", 3, 4))
-
-
 def test_main_linear_reads_a_checkpoint_with_a_timm_backbone(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     image_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -58,8 +52,8 @@ def test_main_linear_reads_a_checkpoint_with_a_timm_backbone(
 
 
 def test_the_patch_makes_solo_learns_own_knn_work_and_is_taken_back(
-    stock: Stock,  # noqa: F811
-    data: tuple[str, ...],
+    stock: Stock,
+    solo_data: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
     (patch,) = patches()
@@ -67,17 +61,17 @@ def test_the_patch_makes_solo_learns_own_knn_work_and_is_taken_back(
     assert patch.is_needed(), "upstream has healed: delete patches/compute_on_step.py"
     knn = ("+knn_eval.enabled=True", "+knn_eval.k=3", "max_epochs=1")
     broken = stock.pretrain(
-        "cifar/simclr", *data, *knn, "backbone.name=resnet18", "~backbone.kwargs"
+        "cifar/simclr", *solo_data, *knn, "backbone.name=resnet18", "~backbone.kwargs"
     )
     assert broken.code != 0
     assert "compute_on_step" in broken.err
-    healed = stock.pretrain("cifar/simclr", *data, *knn, "+poison=cp_class", *CRAFT)
+    healed = stock.pretrain("cifar/simclr", *solo_data, *knn, "+poison=cp_class", *CRAFT)
     assert healed.code == 0, healed.err
     assert patch.is_needed()
 
 
 def test_h5_files_are_read_by_workers(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     image_folder: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +134,7 @@ print("OURS", sorted(heavy))
 
 @pytest.mark.slow
 def test_three_stock_steps_are_bit_identical_with_and_without_the_plugin(
-    solo_learn: Path, data: tuple[str, ...], tmp_path: Path
+    solo_learn: Path, solo_data: tuple[str, ...], tmp_path: Path
 ) -> None:
     states, ours = [], []
     for without in (False, True):
@@ -148,7 +142,7 @@ def test_three_stock_steps_are_bit_identical_with_and_without_the_plugin(
         command = [
             *(sys.executable, "-c", program),
             *("--config-path", f"{solo_learn}/scripts/pretrain/cifar", "--config-name", "byol"),
-            *(*CPU, *data, "max_epochs=1", "optimizer.batch_size=8", "backbone.name=resnet18"),
+            *(*CPU, *solo_data, "max_epochs=1", "optimizer.batch_size=8", "backbone.name=resnet18"),
             *("method_kwargs.proj_hidden_dim=16", "method_kwargs.proj_output_dim=8"),
             *("method_kwargs.pred_hidden_dim=16", f"checkpoint.dir=without_{without}"),
         ]

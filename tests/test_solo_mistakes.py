@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pytest
 from solo_stock import CPU, CRAFT, SMALL, Stock, custom, only
-from test_solo_stock import stock  # noqa: F401  (a fixture)
 
 # Stock solo-learn, timm and Lightning warn of their own uses of what is deprecated.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -92,7 +91,7 @@ def everything(folder: Path) -> dict[Path, float]:
 
 @pytest.fixture
 def made(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     image_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> Made:
@@ -114,7 +113,7 @@ def made(
 
 
 def test_a_mistake_is_one_sentence_and_writes_nothing(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     made: Made,
     tmp_path: Path,
 ) -> None:

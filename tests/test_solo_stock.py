@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from solo_stock import CRAFT, Stock, custom, only
+from solo_stock import CRAFT, NATIVE, only
 
 from cp_plugin.data import Opened, load
 from cp_plugin.poison import Poison
@@ -19,30 +17,6 @@ pytestmark = [
     # Stock solo-learn, timm and Lightning warn of their own uses of what is deprecated.
     pytest.mark.filterwarnings("ignore"),
 ]
-
-NATIVE = ("backbone.name=resnet18", "~backbone.kwargs")
-
-
-@pytest.fixture
-def stock(
-    solo_learn: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Stock:
-    for requirement in ("wandb", "einops", "sklearn"):
-        pytest.importorskip(requirement, reason=f"solo-learn needs {requirement}")
-    monkeypatch.syspath_prepend(solo_learn)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Stock(solo_learn, monkeypatch, capsys)
-
-
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> tuple[str, ...]:
-    return custom(image_folder("train", 3, 8), image_folder("val", 3, 4))
 
 
 def rows_found(poison: Poison, folder: Path) -> torch.Tensor:
@@ -56,10 +30,10 @@ def curve(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_craft_then_victim_on_stock_simclr(stock, data, tmp_path):
+def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path):
     parse = stock.module("main_pretrain").parse_cfg
     made = stock.pretrain(
-        *("cifar/simclr", *data, "+poison=cp", "poison.rounds=1", "poison.pgd_steps=1"),
+        *("cifar/simclr", *solo_data, "+poison=cp", "poison.rounds=1", "poison.pgd_steps=1"),
         *("+monitor=knn", "checkpoint.dir=surrogate"),
     )
     assert made.code == 0, made.err
@@ -76,7 +50,13 @@ def test_craft_then_victim_on_stock_simclr(stock, data, tmp_path):
     assert stock.module("main_pretrain").parse_cfg is parse
 
     victim = stock.pretrain(
-        *("cifar/simclr", *data, "+poison=inject", f"poison.path={file}", "checkpoint.dir=victim"),
+        *(
+            "cifar/simclr",
+            *solo_data,
+            "+poison=inject",
+            f"poison.path={file}",
+            "checkpoint.dir=victim",
+        ),
         *("+monitor=knn", "monitor.every_n_epochs=1", "max_epochs=2"),
     )
     assert victim.code == 0, victim.err
@@ -88,9 +68,9 @@ def test_craft_then_victim_on_stock_simclr(stock, data, tmp_path):
     assert saved["name"].startswith("simclr-cifar10-inject-")
 
 
-def test_byol_asked_for_dali_is_read_from_folders(stock, data, tmp_path):
+def test_byol_asked_for_dali_is_read_from_folders(stock, solo_data, tmp_path):
     made = stock.pretrain(
-        *("custom/byol", *data, "+poison=cp_class", *CRAFT, "precision=bf16-mixed"),
+        *("custom/byol", *solo_data, "+poison=cp_class", *CRAFT, "precision=bf16-mixed"),
         *("+accumulate_grad_batches=2", "max_epochs=9", "method_kwargs.pred_hidden_dim=16"),
         *("augmentations.0.crop_size=32", "augmentations.1.crop_size=32"),
     )
@@ -103,9 +83,9 @@ def test_byol_asked_for_dali_is_read_from_folders(stock, data, tmp_path):
     assert json.loads(poison.info["schedule"])["surrogate_steps_done"] == 4
 
 
-def test_mocov2plus_on_imagenet100s_yaml(stock, data, tmp_path):
+def test_mocov2plus_on_imagenet100s_yaml(stock, solo_data, tmp_path):
     made = stock.pretrain(
-        *("imagenet-100/mocov2plus", *data, "data.dataset=imagenet100", "+poison=cp"),
+        *("imagenet-100/mocov2plus", *solo_data, "data.dataset=imagenet100", "+poison=cp"),
         *("method_kwargs.queue_size=16", *CRAFT, "poison.rounds=1", "augmentations.0.crop_size=48"),
     )
     assert made.code == 0, made.err
@@ -113,17 +93,17 @@ def test_mocov2plus_on_imagenet100s_yaml(stock, data, tmp_path):
     assert poison.image_size == 48
 
 
-def test_the_clean_baseline_and_noise(stock, data, tmp_path):
-    clean = stock.pretrain("cifar/simclr", *data, "+poison=none", "checkpoint.dir=clean")
+def test_the_clean_baseline_and_noise(stock, solo_data, tmp_path):
+    clean = stock.pretrain("cifar/simclr", *solo_data, "+poison=none", "checkpoint.dir=clean")
     assert (clean.code, list(tmp_path.rglob("poison.safetensors"))) == (0, []), clean.err
-    noise = stock.pretrain("cifar/simclr", *data, "+poison=random", "checkpoint.dir=noise")
+    noise = stock.pretrain("cifar/simclr", *solo_data, "+poison=random", "checkpoint.dir=noise")
     assert noise.code == 0, noise.err
     poison = Poison.load(only(tmp_path / "noise", "poison.safetensors"))
     assert len(poison.perturbation) == 24
 
 
-def test_a_monitor_needs_no_poison(stock, data, tmp_path):
-    made = stock.pretrain("cifar/simclr", *data, "+monitor=knn", *NATIVE)
+def test_a_monitor_needs_no_poison(stock, solo_data, tmp_path):
+    made = stock.pretrain("cifar/simclr", *solo_data, "+monitor=knn", *NATIVE)
     assert made.code == 0, made.err
     (row,) = curve(tmp_path)
     assert "knn_poisoned_bank" not in row
@@ -133,9 +113,9 @@ def names(folder: Path) -> list[str]:
     return [json.loads(path.read_text())["name"] for path in sorted(folder.rglob("args.json"))]
 
 
-def test_no_run_resumes_another_and_the_same_command_resumes_itself(stock, data, tmp_path):
+def test_no_run_resumes_another_and_the_same_command_resumes_itself(stock, solo_data, tmp_path):
     """Auto-resume is on in stock YAML and compares method, data and optimiser, never a poison."""
-    clean = ("cifar/simclr", *data, *NATIVE, "optimizer.batch_size=12")
+    clean = ("cifar/simclr", *solo_data, *NATIVE, "optimizer.batch_size=12")
     craft = (*clean, "+poison=cp_class", *CRAFT)
     ran = [stock.pretrain(*clean), stock.pretrain(*craft)]
     file = only(tmp_path, "poison.safetensors")
@@ -151,9 +131,9 @@ def test_no_run_resumes_another_and_the_same_command_resumes_itself(stock, data,
     assert "/simclr-cifar10-cp_class-" in resumed[1]
 
 
-def test_a_sweep_over_the_group_is_refused(stock, data, tmp_path):
+def test_a_sweep_over_the_group_is_refused(stock, solo_data, tmp_path):
     swept = stock.pretrain(
-        *("cifar/simclr", *data, *NATIVE, "+poison=none,random", "hydra.sweep.dir=swept"),
+        *("cifar/simclr", *solo_data, *NATIVE, "+poison=none,random", "hydra.sweep.dir=swept"),
         flags=("-m",),
     )
     assert swept.code == 2, swept.err
@@ -161,9 +141,9 @@ def test_a_sweep_over_the_group_is_refused(stock, data, tmp_path):
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
-def test_a_sweep_under_a_poison_has_it_in_every_run(stock, data, tmp_path):
+def test_a_sweep_under_a_poison_has_it_in_every_run(stock, solo_data, tmp_path):
     swept = stock.pretrain(
-        *("cifar/simclr", *data, "+poison=random", "poison.eps=4/255,8/255"),
+        *("cifar/simclr", *solo_data, "+poison=random", "poison.eps=4/255,8/255"),
         "hydra.sweep.dir=swept",
         flags=("-m",),
     )
@@ -186,9 +166,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_sentence_and_nothing_is_written(stock, data, tmp_path, case):
+def test_a_mistake_is_one_sentence_and_nothing_is_written(stock, solo_data, tmp_path, case):
     overrides, text = BAD[case]
-    ran = stock.pretrain("cifar/simclr", *data, *overrides)
+    ran = stock.pretrain("cifar/simclr", *solo_data, *overrides)
     before = {tmp_path / "train", tmp_path / "val"}
     sentences = [line for line in ran.err.splitlines() if line.startswith("cp-plugin: ")]
     assert len(sentences) == 1
@@ -199,26 +179,26 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(stock, data, tmp_path,
 
 
 def test_a_poison_of_other_images_is_refused_before_anything_is_written(
-    stock, data, image_folder, tmp_path
+    stock, solo_data, image_folder, tmp_path
 ):
-    crafted = stock.pretrain("cifar/simclr", *data, "+poison=random", "+data.fraction=0.5")
+    crafted = stock.pretrain("cifar/simclr", *solo_data, "+poison=random", "+data.fraction=0.5")
     assert crafted.code == 0, crafted.err
     file = only(tmp_path, "poison.safetensors")
     assert len(Poison.load(file).perturbation) == 12
     before = set(tmp_path.rglob("*.json"))
     inject = ("+poison=inject", f"poison.path={file}", "checkpoint.dir=victim")
     for other in (("+data.fraction=0.7",), (f"data.train_path={image_folder('other', 3, 8, 40)}",)):
-        ran = stock.pretrain("cifar/simclr", *data, *inject, *other)
+        ran = stock.pretrain("cifar/simclr", *solo_data, *inject, *other)
         assert ran.code == 2
         assert "cp-plugin: the poison has no row for" in ran.err
         assert ".png" in ran.err
     assert set(tmp_path.rglob("*.json")) == before
-    same = stock.pretrain("cifar/simclr", *data, *inject, "+data.fraction=0.5")
+    same = stock.pretrain("cifar/simclr", *solo_data, *inject, "+data.fraction=0.5")
     assert same.code == 0, same.err
 
 
-def test_a_poison_is_never_overwritten(stock, data, tmp_path):
-    chosen = ("cifar/simclr", *data, "+poison=cp_class", *CRAFT, "checkpoint.enabled=False")
+def test_a_poison_is_never_overwritten(stock, solo_data, tmp_path):
+    chosen = ("cifar/simclr", *solo_data, "+poison=cp_class", *CRAFT, "checkpoint.enabled=False")
     assert stock.pretrain(*chosen).code == 0
     # Without checkpoints the run's folder has the run's name.
     file = only(tmp_path, "poison.safetensors")
@@ -229,7 +209,7 @@ def test_a_poison_is_never_overwritten(stock, data, tmp_path):
     assert "exists and a poison is never overwritten" in again.err
 
 
-def test_the_schedule_ends_with_crafting(stock, data, tmp_path, monkeypatch):
+def test_the_schedule_ends_with_crafting(stock, solo_data, tmp_path, monkeypatch):
     """solo-learn scales its warm-up by max_epochs, which crafting may cut short."""
     from cp_plugin.callbacks import CraftPoison
 
@@ -241,10 +221,10 @@ def test_the_schedule_ends_with_crafting(stock, data, tmp_path, monkeypatch):
         own(self, trainer, module)
 
     monkeypatch.setattr(CraftPoison, "on_train_start", on_train_start)
-    ran = stock.pretrain("cifar/simclr", *data, "+poison=cp_class", *CRAFT, "max_epochs=50")
+    ran = stock.pretrain("cifar/simclr", *solo_data, "+poison=cp_class", *CRAFT, "max_epochs=50")
     assert ran.code == 0, ran.err
     ran = stock.pretrain(
-        *("cifar/simclr", *data, "+poison=cp", "poison.rounds=1", "max_epochs=50"),
+        *("cifar/simclr", *solo_data, "+poison=cp", "poison.rounds=1", "max_epochs=50"),
         "poison.pgd_steps=1",
     )
     assert ran.code == 0, ran.err

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from solo_stock import CRAFT, Stock, only
-from test_solo_stock import stock  # noqa: F401  (a fixture)
 
 from cp_plugin.callbacks.inject import inject
 from cp_plugin.data import Opened, Photos, class_names, labels, load
@@ -68,7 +67,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path, Photos], None], int, int]] = {
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_an_archive_is_crafted_on_and_injected_into(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     photos: Photos,
     tmp_path: Path,
     name: str,
