@@ -23,13 +23,11 @@ Distribution = Literal["uniform", "gaussian"]
 
 
 @dataclass(frozen=True)
-class RandomConfig:
-    """Random noise in [-eps, eps]: what any poison has to beat."""
+class DrawnConfig:
+    """A poison that is drawn, not optimised."""
 
     eps: float = 8 / 255
     """Largest change of a pixel, in [0, 1]."""
-    distribution: Distribution = "uniform"
-    """`gaussian`: of standard deviation eps, clipped at eps."""
     granularity: Granularity = "sample"
     """One draw an image or one a class."""
     fraction: float = 1.0
@@ -44,28 +42,16 @@ class RandomConfig:
             UserError: a value is out of its range.
         """
         check_eps(self.eps)
-        one_of("distribution", self.distribution, get_args(Distribution))
         one_of("granularity", self.granularity, get_args(Granularity))
         check_fraction(self.fraction)
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
-    """Linearly separable noise (Yu et al., "Availability Attacks Create Shortcuts", KDD 2022)."""
+class RandomConfig(DrawnConfig):
+    """Random noise in [-eps, eps]: what any poison has to beat."""
 
-    eps: float = 8 / 255
-    """Largest change of a pixel, in [0, 1]."""
-    granularity: Granularity = "sample"
-    """`sample`: every image has a point of its own in the cluster of its class; `class`: the
-    images of a class share one."""
-    patch: int = 8
-    """Side in pixels of the squares of one value; the paper uses 8."""
-    separation: float = 10.0
-    """Distance of a class's centre from 0 along each axis, in standard deviations of its points."""
-    fraction: float = 1.0
-    """Part of the images that is poisoned, class-balanced."""
-    seed: int | None = None
-    """None: the run's seed."""
+    distribution: Distribution = "uniform"
+    """`gaussian`: of standard deviation eps, clipped at eps."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -73,10 +59,31 @@ class SyntheticConfig:
         Raises:
             UserError: a value is out of its range.
         """
-        check_eps(self.eps)
-        one_of("granularity", self.granularity, get_args(Granularity))
+        super().__post_init__()
+        one_of("distribution", self.distribution, get_args(Distribution))
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(DrawnConfig):
+    """Linearly separable noise (Yu et al., "Availability Attacks Create Shortcuts", KDD 2022).
+
+    With granularity `sample` every image has a point of its own in the cluster of its class, with
+    `class` the images of a class share one.
+    """
+
+    patch: int = 8
+    """Side in pixels of the squares of one value; the paper uses 8."""
+    separation: float = 10.0
+    """Distance of a class's centre from 0 along each axis, in standard deviations of its points."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
         at_least_one("patch", self.patch)
-        check_fraction(self.fraction)
         if not 1 <= self.separation <= 1000:
             raise UserError(
                 f"poison.separation must be in [1, 1000], got {self.separation}; below 1 the "

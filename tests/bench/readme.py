@@ -78,45 +78,40 @@ def loader(results: list[Result]) -> str:
 def demo(results: list[Result]) -> str:
     """Every row of the newest demo, seed by seed."""
     newest = results[-1]
-    lines = [
-        "| seed | poison | clean bank | poisoned bank | control | victim's steps | "
-        "surrogates' steps | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in newest["rows"]:
-        keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
-        accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
-        steps = [row["victim_steps"], row["surrogate_steps"] or "-"]
-        cells = (row["seed"], row["poison"], *accuracies, *steps, f"{row['seconds']:.0f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     first = newest["rows"][0]
     setting = (
         f"SimCLR on {newest['data']}; k = {first['k']}, T = {first['temperature']}, "
-        f"{first['victim_epochs']} epochs, eps 8/255."
+        f"{first['victim_epochs']} epochs, eps 8/255. A demo took "
+        f"{', '.join(f'{seconds:.0f}' for seconds in newest['seconds'])} s."
     )
-    return "\n".join([*lines, "", setting, _source(newest)])
+    return "\n".join([_banks(newest["rows"]), "", setting, _source(newest)])
 
 
 def solo(results: list[Result]) -> str:
-    """Every row of the newest run through solo-learn, seed by seed, and the command of a victim."""
+    """Every row of the newest run through solo-learn, seed by seed."""
     newest = results[-1]
-    lines = [
-        "| seed | poison | clean bank | poisoned bank | control | victim's steps | "
-        "surrogate's steps |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in newest["rows"]:
-        keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
-        accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
-        steps = (row["victim_steps"], row.get("surrogate_steps", "-"))
-        cells = (row["seed"], row["poison"], *accuracies, *steps)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     first = newest["rows"][0]
     setting = (
         f"{newest['what']}; k = {first['k']}, T = {first['temperature']:g}, cosine, "
         f"{first['victim_epochs']} epochs."
     )
-    return "\n".join([*lines, "", setting, _source(newest)])
+    return "\n".join([_banks(newest["rows"]), "", setting, _source(newest)])
+
+
+def _banks(rows: list[Result]) -> str:
+    """Return a table of victims: accuracy on both banks, the control, the steps."""
+    lines = [
+        "| seed | poison | clean bank | poisoned bank | control | victim's steps | "
+        "surrogates' steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        keys = ("knn_clean_bank", "knn_poisoned_bank", "knn_poisoned_bank_clean_encoder")
+        accuracies = ["-" if row[key] is None else f"{row[key]:.1f}" for key in keys]
+        steps = (row["victim_steps"], row.get("surrogate_steps") or "-")
+        cells = (row["seed"], row["poison"], *accuracies, *steps)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def knn(results: list[Result]) -> str:
