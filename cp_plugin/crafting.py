@@ -230,7 +230,7 @@ class Crafting:
             "host": self.host.framework,
             "method": self.host.method,
             "backbone": _backbone(self.host),
-            "augmentations": repr(self.opened.transform),
+            "augmentations": repr(self.twin),
             "schedule": json.dumps(schedule),
             "fraction": str(self.config.fraction),
             "seed": str(self.seed),
