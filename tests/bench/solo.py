@@ -35,6 +35,7 @@ SMALL = (
     "stem_stride:2}",
     "optimizer.batch_size=128",
     "+scheduler.warmup_epochs=0",
+    "+check_val_every_n_epoch=9999",  # of the online classifier
 )
 VICTIM = ("+monitor=knn", "+augment=mirror")
 
