@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,25 @@ SETTINGS = [
 ]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cp_plugin.cli", "pretrain", *SETTINGS]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts the command; whatever still runs after the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cp_plugin.cli", "pretrain", *SETTINGS]
+        started.append(subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
-def test_a_killed_craft_goes_on_where_it_was(tmp_path):
-    process = start(tmp_path)  # there is nothing to resume yet
+def test_a_killed_craft_goes_on_where_it_was(start, tmp_path):
+    process = start()  # there is nothing to resume yet
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
@@ -44,7 +56,7 @@ def test_a_killed_craft_goes_on_where_it_was(tmp_path):
     assert list(tmp_path.rglob("last.ckpt"))
     assert not list(tmp_path.rglob("poison.safetensors"))
 
-    again = start(tmp_path)
+    again = start()
     _, error = again.communicate(timeout=200)
     assert again.returncode == 0, error
     (poison,) = tmp_path.rglob("poison.safetensors")
@@ -52,7 +64,7 @@ def test_a_killed_craft_goes_on_where_it_was(tmp_path):
     assert result["steps"] == result["surrogate_steps"] == 150
     assert result["resumed_from_step"] > 0
 
-    finished = start(tmp_path)
+    finished = start()
     _, error = finished.communicate(timeout=200)
     assert finished.returncode == 0, error
     assert "is finished; nothing to do" in " ".join(error.split())

@@ -15,7 +15,6 @@ import torch
 from lightly.data import LightlyDataset
 from lightly.transforms.simclr_transform import SimCLRTransform
 from solo_stock import Stock, custom
-from test_solo_stock import stock  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -138,7 +137,7 @@ def train_engine(images: Path, augment: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_victims_of_all_hosts_see_the_same_pixels(
-    stock: Stock,  # noqa: F811
+    stock: Stock,
     images: Path,
     clean: Tensor,
     poison_file: Path,
