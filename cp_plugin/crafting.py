@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,19 @@ class Crafting:
             self.attack.scaled = old.scaled
             self._bound = found
 
-    def announce(self, batch_size: int) -> None:
-        """Log what the whole craft costs."""
-        passes = self.schedule.image_passes(batch_size, self.twin.views)
+    def announce(self, batch_size: int, steps: float = math.inf) -> None:
+        """Log what the whole craft costs.
+
+        Args:
+            batch_size: images a batch, of all processes.
+            steps: optimiser steps after which the host's own training ends.
+        """
+        least = min(self.schedule.total_steps, steps)
+        rounds = math.ceil(least / self.schedule.model_steps)
+        passes = replace(self.schedule, rounds=rounds).image_passes(batch_size, self.twin.views)
         log.info(
             "crafting: %d rounds of %d + %d steps, %s image passes in all, as many as %.1f epochs",
-            self.schedule.rounds,
+            rounds,
             self.schedule.model_steps,
             self.schedule.noise_steps,
             f"{passes:,}",

@@ -95,7 +95,8 @@ class CraftPoison(Callback):
         if scaler is not None:
             self.attack.scaled = scaler.scale
         self.plan(trainer, loader)
-        self.crafting.announce((loader.batch_size or 0) * trainer.world_size)
+        batch_size = (loader.batch_size or 0) * trainer.world_size
+        self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
         self._settled = False
         self._steps_seen = trainer.global_step
         self._feed = Feed(trainer, pl_module, opened, self._views_of(trainer))
