@@ -15,7 +15,8 @@ def main(folders: list[str]) -> None:
     """Write the rows of all folders into one result file."""
     results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
     kept = {
-        "passport": passport(PACKAGES) | {"command": results[0]["command"]},
+        "passport": passport(PACKAGES)
+        | {"command": results[0]["command"], "hardware": results[0]["hardware"]},
         "data": results[0]["data"],
         "seconds": [result["seconds"] for result in results],
         "rows": [row for result in results for row in result["rows"]],
