@@ -23,12 +23,12 @@ from cp_plugin.poison import Poison
 from cp_plugin.pretrain import run
 from cp_plugin.provenance import command, hardware, versions
 
-EPOCHS = 10
+EPOCHS = 22
 """Of each victim and of the clean model."""
-SURROGATES = 5
+SURROGATES = 4
 """CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
 poison made on a single old surrogate did less to victims that train so briefly."""
-CP_CLASS = ("+poison=cp_class", "poison.rounds=7", "max_epochs=1000")
+CP_CLASS = ("+poison=cp_class", "poison.rounds=15", "max_epochs=1000")
 MONITOR = ("+monitor=knn", "monitor.every_n_epochs=1000")
 CP_SAMPLE = ("+poison=cp", "poison.rounds=6", "poison.pgd_steps=1", "max_epochs=1000")
 

@@ -38,8 +38,10 @@ PHOTOGRAPHS = {
 CELLS = 3
 TEST_COLUMN = (1, 2, 0)
 """The column of the test cell in each row of cells."""
-SIDES = (0.14, 0.30)
-"""Sides of the cut patches, in units of the photograph's shorter side."""
+SIDE = 0.2
+"""Side of the cut patches, in units of the photograph's shorter side."""
+DRAWS = 100
+"""How often a square is drawn for each that is wanted."""
 TRAIN_PATCHES, TEST_PATCHES = 150, 150
 
 
@@ -76,7 +78,7 @@ class Photos(Dataset[tuple[Any, int]]):
             size: side of a patch in pixels.
             transform: applied to each PIL image.
             patches: patches a photograph; None: 150 each.
-            seed: of the positions and sizes of the patches.
+            seed: of the positions of the patches.
 
         Raises:
             UserError: a size or number of patches that cannot be had, or files are missing.
@@ -105,20 +107,25 @@ class Photos(Dataset[tuple[Any, int]]):
 
 
 def boxes(width: int, height: int, train: bool, count: int, seed: int | str) -> list[Box]:
-    """Draw squares that lie wholly in the training or the testing part of a photograph.
+    """Draw different squares that lie wholly in the training or the testing part of a photograph.
 
     Python's generator is used, since its stream is the same in every version.
+
+    Raises:
+        UserError: so many different squares were not found.
     """
     draw = random.Random(f"{seed} {train}")
-    found: list[Box] = []
-    while len(found) < count:
-        side = round(draw.uniform(*SIDES) * min(width, height))
+    found: dict[Box, None] = {}  # identical images would share a row of delta
+    side = round(SIDE * min(width, height))
+    for _ in range(DRAWS * count):
         left, top = draw.randrange(width - side + 1), draw.randrange(height - side + 1)
         # A square is smaller than a cell, so its corners lie in all cells that it touches.
         corners = product((left, left + side - 1), (top, top + side - 1))
         if all(in_test_part(x, y, width, height) != train for x, y in corners):
-            found.append(Box(left, top, side))
-    return found
+            found[Box(left, top, side)] = None
+        if len(found) == count:
+            return list(found)
+    raise UserError(f"A photograph has fewer than {count} different patches; ask for fewer.")
 
 
 def in_test_part(x: int, y: int, width: int, height: int) -> bool:
