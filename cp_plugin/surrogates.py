@@ -122,7 +122,8 @@ def _create_patched(
 
 def _check_stem_width(model: nn.Module, architecture: str, kwargs: dict[str, Any]) -> None:
     """Refuse what timm would ignore without a word."""
-    if "stem_width" in kwargs and isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d):
+    given = kwargs.get("stem_width") is not None  # timm leaves out what is None
+    if given and isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d):
         raise UserError(
             f"stem_width has no effect on {architecture} as it is; add stem_type=deep "
             "(three 3x3 convolutions, the last one 2 * stem_width wide) or leave it out."
