@@ -29,6 +29,9 @@ SIXTHS, MIDDLE = np.float32(6 * 256 / 255), np.float32(0.5 * 6 / 255)
 LOST, KEPT = np.float32(hue.HALF), np.float32(1 - hue.HALF)
 TINY, HUGE, ALMOST_ONE = (np.float32(n) for n in (hue.TINY, hue.HUGE, hue.ALMOST_ONE))
 
+PARTS = 8
+"""Of a batch, for each thread."""
+
 _inlined: Any = njit(inline="always", fastmath=True)
 _pixels: Any = njit(fastmath=True)
 _images: Any = njit(cache=True, nogil=True)
@@ -77,22 +80,31 @@ def backward(images: Tensor, grad: Tensor, plan: Plan) -> Tensor:
 
 
 def _in_threads(kernel: Callable[..., None], source: Array, target: Array, plan: Plan) -> None:
-    """Give every thread of torch's number a part of the batch.
+    """Carry out the kernel on torch's number of threads, each taking parts while there are any.
 
-    Numba's own threads spin while they wait, and take the processor from torch's.
+    Numba's own threads spin while they wait, and take the processor from torch's. Torch's spin too,
+    for a while: a helper that gets no processor meanwhile takes no part, and nobody waits for it.
     """
-    each = -(-len(source) // torch.get_num_threads())
+    threads = torch.get_num_threads()
+    each = len(source) if threads == 1 else -(-len(source) // (PARTS * threads))
     parts = [slice(start, start + each) for start in range(0, len(source), each)]
 
-    def run(part: slice) -> None:
-        own = Plan(plan.order[part], plan.factor[part], plan.bias[part], plan.grey, plan.quantised)
-        kernel(source[part], target[part], *own)
+    def run() -> None:
+        while parts:
+            try:
+                part = parts.pop()
+            except IndexError:  # another thread was faster
+                return
+            rows = (array[part] for array in (plan.order, plan.factor, plan.bias))
+            kernel(source[part], target[part], *rows, plan.grey, plan.quantised)
 
-    with ThreadPoolExecutor(len(parts)) as pool:
-        others = [pool.submit(run, part) for part in parts[1:]]
-        run(parts[0])
-        for other in others:
-            other.result()
+    pool = ThreadPoolExecutor(threads)
+    helpers = [pool.submit(run) for _ in range(min(threads, len(parts)) - 1)]
+    run()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
 
 
 def _array(images: Tensor) -> Array:
