@@ -7,11 +7,14 @@ reflected border.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from cp_plugin.config import UserError
 from cp_plugin.mirror.operation import Operation, Params, Shape, uniform
+from cp_plugin.mirror.processor import compiled, serves
 from cp_plugin.mirror.resample import separable
 
 PASSES = 3
@@ -36,12 +39,19 @@ class PillowBlur(Operation):
         height, width = images.shape[-2:]
 
         def build() -> tuple[Tensor, Tensor]:
-            columns = torch.matrix_power(box_matrix(radius, width), PASSES)
-            if height == width:
-                return columns, columns
-            return torch.matrix_power(box_matrix(radius, height), PASSES), columns
+            columns = _passes(box_matrix(radius, width))
+            rows = columns if height == width else _passes(box_matrix(radius, height))
+            return rows, columns
 
         return separable(images, build)
+
+
+def _passes(box: Tensor) -> Tensor:
+    """Return the matrix (B, size, size) of all passes of a box blur, made of that of one."""
+    if not serves(box):
+        return torch.matrix_power(box, PASSES)
+    product = compiled("banded").product
+    return reduce(lambda done, again: product(again, done), [box] * PASSES)
 
 
 def box_radius(sigma: Tensor) -> Tensor:

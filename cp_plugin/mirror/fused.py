@@ -8,7 +8,6 @@ call, within seconds, and keeps the result on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cp_plugin.mirror import hue
 from cp_plugin.mirror.kinds import CONTRAST, HUE, SATURATION
+from cp_plugin.mirror.processor import in_threads
 
 Array = NDArray[Any]
 
@@ -28,9 +28,6 @@ TWELFTH, BYTES, STEPS = np.float32(1 / 12), np.float32(1 / 256), np.float32(255 
 SIXTHS, MIDDLE = np.float32(6 * 256 / 255), np.float32(0.5 * 6 / 255)
 LOST, KEPT = np.float32(hue.HALF), np.float32(1 - hue.HALF)
 TINY, HUGE, ALMOST_ONE = (np.float32(n) for n in (hue.TINY, hue.HUGE, hue.ALMOST_ONE))
-
-PARTS = 8
-"""Of a batch, for each thread."""
 
 _inlined: Any = njit(inline="always", fastmath=True)
 _pixels: Any = njit(fastmath=True)
@@ -52,11 +49,6 @@ class Plan(NamedTuple):
     """Whether hue and saturation pass through 8 bit."""
 
 
-def serves(images: Tensor) -> bool:
-    """Tell whether `forward` and `backward` take these images."""
-    return images.device.type == "cpu" and images.dtype == torch.float32
-
-
 def forward(images: Tensor, plan: Plan) -> Tensor:
     """Carry out the steps of every image.
 
@@ -68,43 +60,23 @@ def forward(images: Tensor, plan: Plan) -> Tensor:
         (B, 3, H, W).
     """
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    _in_threads(_forward, _array(images), _array(out), plan)
+    _in_parts(_forward, _array(images), _array(out), plan)
     return out
 
 
 def backward(images: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     """Return the gradient (B, 3, H, W) of the images from that of `forward`'s result."""
     out = grad.clone(memory_format=torch.contiguous_format)
-    _in_threads(_backward, _array(images), _array(out), plan)
+    _in_parts(_backward, _array(images), _array(out), plan)
     return out
 
 
-def _in_threads(kernel: Callable[..., None], source: Array, target: Array, plan: Plan) -> None:
-    """Carry out the kernel on torch's number of threads, each taking parts while there are any.
+def _in_parts(kernel: Callable[..., None], source: Array, target: Array, plan: Plan) -> None:
+    def run(part: slice) -> None:
+        rows = (array[part] for array in (plan.order, plan.factor, plan.bias))
+        kernel(source[part], target[part], *rows, plan.grey, plan.quantised)
 
-    Numba's own threads spin while they wait, and take the processor from torch's. Torch's spin too,
-    for a while: a helper that gets no processor meanwhile takes no part, and nobody waits for it.
-    """
-    threads = torch.get_num_threads()
-    each = len(source) if threads == 1 else -(-len(source) // (PARTS * threads))
-    parts = [slice(start, start + each) for start in range(0, len(source), each)]
-
-    def run() -> None:
-        while parts:
-            try:
-                part = parts.pop()
-            except IndexError:  # another thread was faster
-                return
-            rows = (array[part] for array in (plan.order, plan.factor, plan.bias))
-            kernel(source[part], target[part], *rows, plan.grey, plan.quantised)
-
-    pool = ThreadPoolExecutor(threads)
-    helpers = [pool.submit(run) for _ in range(min(threads, len(parts)) - 1)]
-    run()
-    pool.shutdown(wait=False, cancel_futures=True)
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+    in_threads(run, len(source))
 
 
 def _array(images: Tensor) -> Array:

@@ -69,7 +69,7 @@ class RandomResizedCrop(Operation):
             )
 
         clamp = self.stage.rounds and self.filter_name in OVERSHOOTING
-        return separable(images, build, clamp, torch.stack(list(boxes.values()), 1))
+        return separable(images, build, clamp)
 
 
 def draw_boxes(

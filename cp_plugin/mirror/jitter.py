@@ -9,9 +9,6 @@ does the same an image at a time, where Numba is installed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,6 +27,7 @@ from cp_plugin.mirror.operation import (
     portions,
     uniform,
 )
+from cp_plugin.mirror.processor import compiled, serves
 
 Range = tuple[float, float] | None
 Tape = list[Tensor | Analysis]
@@ -108,17 +106,9 @@ class ColorJitter(Operation):
         """Change the colours of the images chosen."""
         if params["ends"][0] == 0:
             return images
-        fused = _fused()
-        by_image = fused is not None and fused.serves(images)
-        function = _FusedJitter if by_image else _Jitter
+        function = _FusedJitter if serves(images) else _Jitter
         out: Tensor = function.apply(images, like(params, images.dtype))
         return out
-
-
-@cache
-def _fused() -> Any:
-    """Return the module for processors; it needs Numba, which takes a moment to import."""
-    return import_module("cp_plugin.mirror.fused") if find_spec("numba") else None
 
 
 def like(params: Params, dtype: torch.dtype) -> Params:
@@ -166,14 +156,14 @@ class _FusedJitter(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
         ctx.save_for_backward(images)
         arrays = [params["steps"], *params["amounts"], params["grey"]]
-        ctx.plan = _fused().Plan(*(array.numpy() for array in arrays), params["quantised"])
-        out: Tensor = _fused().forward(images, ctx.plan)
+        ctx.plan = compiled("fused").Plan(*(array.numpy() for array in arrays), params["quantised"])
+        out: Tensor = compiled("fused").forward(images, ctx.plan)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
-        return _fused().backward(images, grads[0], ctx.plan), None
+        return compiled("fused").backward(images, grads[0], ctx.plan), None
 
 
 class _Jitter(torch.autograd.Function):

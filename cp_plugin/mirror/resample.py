@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cp_plugin.mirror.operation import portions
+from cp_plugin.mirror.processor import compiled, serves
 
 SUPPORT = {
     "nearest": 0.5,
@@ -87,54 +88,53 @@ class _Separable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, build: Build, clamp: bool, boxes: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
         rows, columns = build()
         out = images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1])
         for part in portions(images):
-            y, x = _region(boxes, part, images)
-            wide = _horizontal(images[part, :, y, x], columns[_of(columns, part), :, x], clamp)
-            torch.matmul(rows[_of(rows, part), None, :, y], wide, out=out[part])
-        ctx.build, ctx.boxes = build, boxes
+            wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
+            torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
+        ctx.build = build
         if clamp:
             out.clamp_(0, 1)
             ctx.save_for_backward(images, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         rows, columns = ctx.build()
         saved = ctx.saved_tensors
-        result = grads[0].new_zeros(*grads[0].shape[:2], rows.shape[2], columns.shape[2])
+        result = grads[0].new_empty(*grads[0].shape[:2], rows.shape[2], columns.shape[2])
         for part in portions(result):
-            y, x = _region(ctx.boxes, part, result)
-            horizontal = columns[_of(columns, part), :, x]
+            horizontal = columns[_of(columns, part)]
             grad = grads[0][part]
             if saved:
                 grad = _hardtanh_backward(grad, saved[1][part], 0.0, 1.0)
-            grad = torch.matmul(rows[_of(rows, part), None, :, y].mT, grad)
+            grad = torch.matmul(rows[_of(rows, part), None].mT, grad)
             if saved:
-                wide = _horizontal(saved[0][part, :, y, x], horizontal, True)
+                wide = _horizontal(saved[0][part], horizontal, True)
                 grad = _hardtanh_backward(grad, wide, 0.0, 1.0)
             n, c, height, _ = grad.shape
             flat = torch.matmul(grad.view(n, c * height, -1), horizontal)
-            result[part, :, y, x] = flat.view(n, c, height, -1)
-        return result, None, None, None
+            result[part] = flat.view(n, c, height, -1)
+        return result, None, None
 
 
-FEW = 4
-"""Images of which the smallest rectangle around all crops is worth finding."""
+class _Banded(torch.autograd.Function):
+    """The same on a processor, an image at a time."""
 
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
+        out: Tensor = compiled("banded").forward(images, *build(), clamp)
+        ctx.build = build
+        if clamp:
+            ctx.save_for_backward(images, out)
+        return out
 
-def _region(boxes: Tensor | None, part: slice, images: Tensor) -> tuple[slice, slice]:
-    """Return the rows and columns that hold all crops of a part; all of them on a GPU."""
-    everything = slice(None)
-    if boxes is None or boxes.device.type != "cpu" or part.stop - part.start > FEW:
-        return everything, everything
-    top, left = boxes[part, :2].amin(0).tolist()
-    bottom, right = (boxes[part, :2] + boxes[part, 2:]).amax(0).tolist()
-    return slice(int(top), int(bottom)), slice(int(left), int(right))
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        clamped = ctx.saved_tensors or None
+        return compiled("banded").backward(grads[0], *ctx.build(), clamped), None, None
 
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward
@@ -153,19 +153,17 @@ def _of(matrices: Tensor, part: slice) -> slice:
     return part if len(matrices) > 1 else slice(None)
 
 
-def separable(
-    images: Tensor, build: Build, clamp: bool = False, boxes: Tensor | None = None
-) -> Tensor:
+def separable(images: Tensor, build: Build, clamp: bool = False) -> Tensor:
     """Multiply every image with a matrix along each axis, columns (the horizontal pass) first.
 
     Args:
         images: (B, C, H, W).
         build: makes the matrices, always the same: rows (B or 1, h, H), columns (B or 1, w, W).
         clamp: to [0, 1] after each of the two products, as 8-bit images are.
-        boxes: (B, 4) top, left, height, width outside which all weights are zero, or None.
 
     Returns:
         (B, C, h, w), contiguous.
     """
-    out: Tensor = _Separable.apply(images, build, clamp, boxes)
+    function = _Banded if serves(images) else _Separable
+    out: Tensor = function.apply(images, build, clamp)
     return out
