@@ -207,7 +207,7 @@ def study(results: list[Result]) -> str:
     setting = (
         f"Percent; mean ± standard deviation of the sample over seeds "
         f"{', '.join(map(str, sorted({row.seed for row in rows})))} (a bare figure: one seed). "
-        f"Victims of {', '.join(map(str, steps))} steps; surrogates: {_surrogates(measured)}. "
+        f"Victims of {', '.join(map(str, steps))} steps; surrogates: {_surrogates(newest)}. "
         f"kNN: k = {near['k']}, T = {near['temperature']}, cosine; linear probe: "
         f"{linear['epochs']} epochs, last epoch."
     )
@@ -216,11 +216,11 @@ def study(results: list[Result]) -> str:
     return "\n".join([*lines, setting, *without, _source(newest)])
 
 
-def _surrogates(cells: list[Result]) -> str:
+def _surrogates(result: Result) -> str:
     steps: dict[str, set[int]] = {}
-    for cell in cells:
-        if cell["result"].get("surrogate_steps"):
-            steps.setdefault(cell["poison"], set()).add(cell["result"]["surrogate_steps"])
+    for row in result["rows"]:
+        if row["surrogate_steps"]:
+            steps.setdefault(row["poison"], set()).add(row["surrogate_steps"])
     told = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items())
     return ", ".join(told) + " steps"
 
@@ -239,14 +239,15 @@ def _source(result: Result) -> str:
 
 
 THEMES: dict[str, Callable[[list[Result]], str]] = {
+    "cifar10": study,
     "completion": completion,
     "demo": demo,
     "knn": knn,
     "loader": loader,
     "mirror": mirror,
+    "photos": study,
     "solo": solo,
     "step": step,
-    "study": study,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 
