@@ -36,7 +36,7 @@ def image_key(image_CHW: Tensor) -> int:
             "bring the image to canonical form with Canonical(size) first."
         )
     digest = hashlib.blake2b(struct.pack("<3q", *image_CHW.shape), digest_size=8)
-    digest.update(image_CHW.cpu().contiguous().numpy())
+    digest.update(image_CHW.cpu().contiguous().numpy().data)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
