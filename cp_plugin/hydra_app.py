@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cp_plugin.activation import own_application
@@ -67,7 +67,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     around, application.hydra = application.hydra, None
     try:
         with hydra.initialize_config_dir(configs, version_base="1.3"):
-            return hydra.compose(config_name, list(overrides))
+            cfg = hydra.compose(config_name, list(overrides))
+            OmegaConf.to_container(cfg, resolve=True)  # an unknown variable is told here
+            return cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
     finally:

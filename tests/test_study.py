@@ -169,6 +169,7 @@ def test_a_mistake_in_the_file_is_one_sentence(changes, text):
     [
         ({"victims": ["simclear"]}, {}, "simclear"),
         ({"victims": ["simclr"]}, {"victim": ["max_epoch=3"]}, "max_epoch"),
+        ({"victims": ["simclr"]}, {"base": ["data.val_path=${oc.env:NO_SUCH}"]}, "NO_SUCH"),
         ({"poisons": ["random"]}, {"poisons": {"random": ["+poison=radnom"]}}, "radnom"),
         ({"poisons": ["cp_class"], "surrogates": ["mocco"]}, {}, "mocco"),
         ({"defences": ["other"]}, {"defences": {"other": ["optimizer.name=sgdd"]}}, "sgdd"),
