@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
-from cp_plugin.report.rows import row_of
+from cp_plugin.report.rows import NONE, Row, row_of
 from cp_plugin.report.tables import markdown, tables
 from tests.bench.passport import RESULTS
 from tests.solo_served import MOMENTUM, SERVED
@@ -199,9 +199,10 @@ def study(results: list[Result]) -> str:
     measured = [cell for cell in newest["cells"] if cell["kind"] != "craft"]
     rows = [row_of(cell, {"": Path()}, "") for cell in measured]
     lines = []
-    for table in tables(rows):
+    for table in tables([row for row in rows if row.defence == NONE]):
         if table.measure in STUDY_MEASURES:
             lines += [f"**{table.title}**", "", markdown(table), ""]
+    lines += _defended(rows)
     steps = sorted({cell["result"]["steps"] for cell in measured})
     near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
     setting = (
@@ -214,6 +215,38 @@ def study(results: list[Result]) -> str:
     missing = [f"`{name}`: {reason}" for name, reason in newest["unfinished"].items()]
     without = ["Without a result: " + "; ".join(missing) + "."] if missing else []
     return "\n".join([*lines, setting, *without, _source(newest)])
+
+
+def _defended(rows: list[Row]) -> list[str]:
+    """Return a line a defence and victim, and the undefended ones of the same seeds before them."""
+    defended = [row for row in rows if row.defence != NONE]
+    if not defended:
+        return []
+    poisons = [name for name in dict.fromkeys(row.poison for row in defended) if name != NONE]
+    seeds = sorted({row.seed for row in defended})
+    lines = [
+        f"**under a defence, seed {', '.join(map(str, seeds))}**: linear probe / kNN on the clean "
+        "bank, kNN on the poisoned bank (control)",
+        "",
+        "| defence | victim | clean images | " + " | ".join(poisons) + " |",
+        "|---|---|---|" + "---|" * len(poisons),
+    ]
+    known = {(row.defence, row.victim, row.poison): row for row in rows if row.seed in seeds}
+    for defence in (NONE, *dict.fromkeys(row.defence for row in defended)):
+        for victim in dict.fromkeys(row.victim for row in defended):
+            found = [known.get((defence, victim, poison)) for poison in (NONE, *poisons)]
+            if all(found):
+                cells = (defence, victim, *map(_cell, found))
+                lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _cell(row: Row) -> str:
+    found = row.accuracies
+    text = f"{found['linear_clean']:.1f} / {found['knn_clean']:.1f}"
+    if "knn_poisoned" in found:
+        text += f", {found['knn_poisoned']:.1f} ({found['knn_control']:.1f})"
+    return text
 
 
 def _surrogates(result: Result) -> str:
