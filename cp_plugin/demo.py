@@ -23,9 +23,9 @@ from cp_plugin.poison import Poison
 from cp_plugin.pretrain import run
 from cp_plugin.provenance import command, hardware, versions
 
-EPOCHS = 22
+EPOCHS = 11
 """Of each victim and of the clean model."""
-SURROGATES = 4
+SURROGATES = 6
 """CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
 poison made on a single old surrogate did less to victims that train so briefly."""
 CP_CLASS = ("+poison=cp_class", "poison.rounds=15", "max_epochs=1000")
@@ -90,6 +90,7 @@ def _common(out: Path, seed: int) -> list[str]:
         f"seed={seed}",
         f"checkpoint.dir={out / 'runs'}",
         f"max_epochs={EPOCHS}",
+        "optimizer.batch_size=64",
         "optimizer.lr=1.0",
         "+backbone.kwargs.stem_stride=2",
         "data.num_workers=0",

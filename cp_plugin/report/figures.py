@@ -54,7 +54,7 @@ def curves(rows: Sequence[Row], colour: Mapping[str, str]) -> str | None:
     if not any(len(row.curve) > 1 for row in rows):
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+        figure = Figure(figsize=(5.6, 4.1), layout="constrained")
         axis = figure.subplots()
         for label in ordered(row.label for row in rows):
             own = [row for row in rows if row.label == label]
@@ -65,7 +65,7 @@ def curves(rows: Sequence[Row], colour: Mapping[str, str]) -> str | None:
         axis.set_xlabel("steps of the victim")
         axis.set_ylabel("kNN accuracy, percent")
         axis.grid(color="#e4e7ec")
-        axis.legend(fontsize=9, frameon=False, ncols=2)
+        figure.legend(fontsize=9, frameon=False, ncols=3, loc="outside lower center")
         return _svg(figure)
 
 
