@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -54,10 +55,17 @@ def in_threads(run: Callable[[slice], None], length: int) -> None:
                 return
             run(part)
 
-    pool = ThreadPoolExecutor(threads)
-    helpers = [pool.submit(work) for _ in range(min(threads, len(parts)) - 1)]
+    helpers = [_pool(threads).submit(work) for _ in range(min(threads, len(parts)) - 1)]
     work()
-    pool.shutdown(wait=False, cancel_futures=True)
     for helper in helpers:
-        if not helper.cancelled():
+        if not helper.cancel():
             helper.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "cp_plugin")
+
+
+# The threads of a pool do not come along into a forked process, such as a loader's worker.
+os.register_at_fork(after_in_child=_pool.cache_clear)
