@@ -130,11 +130,16 @@ def test_the_study_of_the_photographs_has_what_it_is_to_show():
         for cell in cells
         if cell.defence != "none"
     }
+    served = {
+        **dict.fromkeys(("matrix_completion", "adversarial"), victims),
+        **dict.fromkeys(("noise", "smoothing", "cutout"), ("simclr",)),
+        **dict.fromkeys(("mixup", "cutmix", "dp_sgd"), ("supervised",)),
+    }
     assert defended == {
         (poison, victim, defence, 0)
         for poison in ("none", "cp_class")
-        for victim in victims
-        for defence in ("matrix_completion", "adversarial")
+        for defence, trained in served.items()
+        for victim in trained
     }
 
 

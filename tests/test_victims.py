@@ -184,7 +184,7 @@ def test_tap_then_supcon_then_knn_probe_and_fine_tuning(pretrain, call, tmp_path
 
 
 def test_fine_tuning_learns_from_a_part_of_the_labels_and_leaves_the_encoder_alone():
-    train = Bank.clean(Photos(train=True, patches=20), 32)
+    train = Bank.clean(Photos(train=True, patches=60), 32)
     test = Bank.clean(Photos(train=False, patches=8), 32)
     torch.manual_seed(0)
     encoder = nn.Sequential(
@@ -192,7 +192,7 @@ def test_fine_tuning_learns_from_a_part_of_the_labels_and_leaves_the_encoder_alo
     )
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     part, whole = (finetune(encoder, lambda x: x, train, test, f, epochs=10) for f in (0.1, 1.0))
-    assert (part.images, whole.images) == (24, 240)
+    assert (part.images, whole.images) == (72, 720)
     assert 100 / 12 + 10 < part.last < whole.last
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
