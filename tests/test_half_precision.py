@@ -33,7 +33,8 @@ def byol(root: Any) -> Any:
     class BYOL(with_momentum(root)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_index: int) -> Tensor:
             x0, x1 = batch[0]
-            return (self.forward(x0) - self.forward_momentum(x1)).square().mean()
+            # A product, as in BYOL: a difference of like features would be lost to rounding.
+            return -(self.forward(x0) * self.forward_momentum(x1)).mean()
 
     return BYOL()
 
