@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import random
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,6 @@ from cp_plugin.data import (
     labels,
     load,
 )
-from cp_plugin.data import photos as photo_module
 
 PIPELINE = transforms.Compose([transforms.RandomCrop(24), transforms.ToTensor()])
 MakeFolder = Callable[..., Path]
@@ -49,93 +47,6 @@ def views_of(count: int) -> list[Tensor]:
 class TwoViews:
     def __call__(self, image: Any) -> list[Tensor]:
         return [PIPELINE(image), PIPELINE(image)]
-
-
-# image_key and Canonical
-
-
-def test_key_is_a_signed_64_bit_number_of_pixels_and_shape() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (500, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    keys = [image_key(image) for image in images]
-    assert len(set(keys)) == 500
-    assert torch.tensor(keys, dtype=torch.int64).tolist() == keys
-    assert min(keys) < 0 < max(keys)
-    changed = images[0].clone()
-    changed[2, 7, 7] ^= 1
-    assert image_key(changed) != keys[0] == image_key(images[0].clone())
-    zeros = torch.zeros(3, 4, 16, dtype=torch.uint8)
-    assert len({image_key(zeros.reshape(shape)) for shape in ((3, 4, 16), (3, 8, 8))}) == 2
-
-
-def test_key_does_not_depend_on_memory_layout() -> None:
-    image = torch.arange(3 * 5 * 7, dtype=torch.uint8).reshape(3, 5, 7)
-    turned = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    assert not turned.is_contiguous()
-    assert image_key(turned) == image_key(image)
-
-
-def test_key_is_the_same_in_every_version() -> None:
-    """Poison files keep keys, so the value is part of the file format."""
-    image = torch.arange(48, dtype=torch.uint8).reshape(3, 4, 4)
-    assert image_key(image) == -4407671424568978480
-
-
-def test_key_refuses_floats() -> None:
-    with pytest.raises(UserError, match="uint8"):
-        image_key(torch.zeros(3, 4, 4))
-
-
-def test_canonical_reads_every_kind_of_image_alike(photos: Photos) -> None:
-    array = photos.data[0]
-    expected = torch.from_numpy(array).permute(2, 0, 1)
-    kinds = [Image.fromarray(array), array, expected, expected.float() / 255, expected / 255.0]
-    for size in (None, 32):
-        assert all(torch.equal(Canonical(size)(kind), expected) for kind in kinds)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_canonical_converts_to_rgb(mode: str, photos: Photos) -> None:
-    picture = Image.fromarray(photos.data[3]).convert(mode)
-    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    assert torch.equal(Canonical(32)(picture), expected)
-
-
-def test_canonical_grey_tensors_and_arrays_get_three_channels() -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    expected = torch.from_numpy(grey).expand(3, 8, 8)
-    for image in (grey, grey[:, :, None], torch.from_numpy(grey)[None]):
-        assert torch.equal(Canonical(None)(image), expected)
-
-
-@pytest.mark.parametrize("width_height", [(50, 40), (40, 70), (20, 31), (32, 48)])
-def test_canonical_resizes_as_torchvision_does_on_pillow(width_height: tuple[int, int]) -> None:
-    picture = photo_module.photograph("cat").resize(width_height)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(32),
-            transforms.PILToTensor(),
-        ]
-    )
-    assert torch.equal(Canonical(32)(picture), reference(picture))
-    assert torch.equal(Canonical(32)(transforms.PILToTensor()(picture)), reference(picture))
-
-
-@pytest.mark.parametrize(
-    ("image", "text"),
-    [
-        (torch.rand(3, 8, 8) * 255, r"must lie in \[0, 1\]"),
-        (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\]"),
-        (torch.zeros(5, 8, 8), r"\(C, H, W\)"),
-        (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8 or floating"),
-        (np.zeros((8, 8, 3)), "must be uint8"),
-        ("picture.png", "Expected an image"),
-    ],
-)
-def test_canonical_refuses(image: Any, text: str) -> None:
-    with pytest.raises(UserError, match=text):
-        Canonical(8)(image)
 
 
 # Opened
@@ -654,78 +565,6 @@ def test_poisoned_gives_unlabelled_images_the_label_minus_one(image_folder: Make
     folder = image_folder(flat=True)
     poisoned = Poisoned(FlatFolder(folder, transform=transforms.PILToTensor()), shift)
     assert torch.equal(poisoned[0][0], pixels(poisoned.samples[0][0]).flip(2))
-
-
-# Photos
-
-
-def test_photos_have_the_manner_of_torchvision() -> None:
-    train, test = Photos(train=True), Photos(train=False)
-    assert len(train.classes) == len(set(train.classes)) >= 10
-    assert train.data.dtype == np.uint8
-    assert train.data.shape == (150 * len(train.classes), 32, 32, 3)
-    assert test.data.shape == train.data.shape
-    assert np.bincount(train.targets).tolist() == [150] * len(train.classes)
-    image, target = train[149]
-    assert isinstance(image, Image.Image)
-    assert np.array_equal(np.array(image), train.data[149])
-    assert (target, train[150][1]) == (0, 1)
-    train.transform = transforms.ToTensor()
-    assert train[0][0].shape == (3, 32, 32)
-    assert len({image_key(torch.from_numpy(patch)) for patch in train.data}) == len(train)
-
-
-def test_photos_are_the_same_every_time_and_leave_global_randomness_alone() -> None:
-    state = random.getstate()
-    first, again = Photos(True, patches=5), Photos(True, patches=5)
-    assert random.getstate() == state
-    assert np.array_equal(first.data, again.data)
-    assert not np.array_equal(first.data, Photos(True, patches=5, seed=1).data)
-    assert Photos(False, size=48, patches=2).data.shape[1:] == (48, 48, 3)
-
-
-@pytest.mark.parametrize("name", photo_module.PHOTOGRAPHS)
-def test_train_and_test_patches_share_no_pixel(name: str) -> None:
-    """Painted on the photograph itself, whatever rule chose the places."""
-    picture = photo_module.photograph(name)
-    painted = []
-    for train, count in ((True, 150), (False, 50)):
-        canvas = np.zeros((picture.height, picture.width), dtype=bool)
-        cut = photo_module.boxes(picture.width, picture.height, train, count, f"0 {name}")
-        assert len(cut) == count
-        for left, top, side in cut:
-            assert left >= 0
-            assert top >= 0
-            assert canvas[top : top + side, left : left + side].shape == (side, side)
-            canvas[top : top + side, left : left + side] = True
-        painted.append(canvas)
-    assert not (painted[0] & painted[1]).any()
-    assert painted[0].mean() > 0.4
-    assert painted[1].mean() > 0.15
-
-
-def test_a_patch_depends_on_no_pixel_outside_its_box(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Painting the part for testing over changes its own patches and no others."""
-    cat = photo_module.photograph("cat")
-    before = {train: photo_module._patches("cat", train, 32, 20, 0) for train in (True, False)}
-    array = np.array(cat)
-    for y in range(cat.height):
-        for x in range(cat.width):
-            if photo_module.in_test_part(x, y, cat.width, cat.height):
-                array[y, x] = 255 - array[y, x]
-    monkeypatch.setattr(photo_module, "photograph", lambda name: Image.fromarray(array))
-    assert np.array_equal(photo_module._patches("cat", True, 32, 20, 0), before[True])
-    assert not np.array_equal(photo_module._patches("cat", False, 32, 20, 0), before[False])
-
-
-def test_photos_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="8 to 128"):
-        Photos(True, size=4)
-    with pytest.raises(UserError, match="at least one patch"):
-        Photos(True, patches=0)
-    monkeypatch.setattr(photo_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="scikit-image"):
-        Photos(True)
 
 
 # load

@@ -68,4 +68,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 # The threads of a pool do not come along into a forked process, such as a loader's worker.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

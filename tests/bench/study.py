@@ -1,6 +1,7 @@
-"""Keep the figures of a study: `python -m tests.bench.study DIR`, DIR from `cp-plugin study`.
+"""Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT]`.
 
-They go to `results/<name of the study>_<hardware>_<date>.json`.
+DIR is from `cp-plugin study`, COMMIT is what it ran at, if not the one here. The figures go to
+`results/<name of the study>_<hardware>_<date>.json`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cp_plugin.attack import Schedule
 from cp_plugin.poison import Poison
 from tests.bench.passport import passport, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 KEPT = ("poison", "surrogate", "victim", "backbone", "defence", "seed", "banks", "control")
 FACTS = ("steps", "epochs", "surrogate_steps", "seconds", "train_loss", "knn", "eps", "granularity")
-VIEWS = 2
 
 Cell = dict[str, Any]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, ran_at: str | None = None) -> None:
     """Write settings, figures and curves of all cells into one result file."""
     result = json.loads((folder / "result.json").read_text())
     cells = {cell["name"]: cell for cell in result["cells"] if cell.get("status") == "finished"}
     versions = passport(PACKAGES)
     on_gpu = "threads" not in versions["hardware"]
     kept = {
-        "passport": versions | {"command": result["command"]},
+        "passport": versions
+        | {"command": result["command"], "commit": ran_at or versions["commit"]},
         "name": result["name"],
         "settings": result["settings"],
         "unfinished": result["unfinished"],
@@ -84,10 +86,12 @@ def _crafts(cells: dict[str, Cell], cell: Cell) -> Iterator[Cell]:
 def _image_passes(run: Path) -> int:
     """Return how many images went forward and backward through a surrogate."""
     made = json.loads(Poison.load(run / "poison.safetensors").info["schedule"])
-    batch = OmegaConf.load(run / "config.yaml").optimizer.batch_size
-    each = 1 + made["noise_steps"] * made["pgd_steps"] / made["model_steps"]
-    return round(made["surrogate_steps_done"] * each * batch * VIEWS)
+    cfg = OmegaConf.load(run / "config.yaml")
+    rounds = made["surrogate_steps_done"] // made["model_steps"]
+    steps = (made[key] for key in ("model_steps", "noise_steps", "pgd_steps"))
+    views = sum(node.num_crops for node in cfg.augmentations)
+    return Schedule(rounds, *steps).image_passes(cfg.optimizer.batch_size, views)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
