@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from cp_plugin.adapters.lightly import LightningHost
 from cp_plugin.banks import Bank
@@ -104,7 +106,70 @@ def evaluate(
         check_fraction(finetune)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     host, pipeline, cfg = _trained(checkpoint, folder)
-    poison = poison or poison_of(folder)
+    sets = _sets(folder, pipeline, cfg, poison or poison_of(folder), data, test)
+    query_features = sets.query.features(host.encode, sets.normalize)
+    rows = []
+    for bank_name, bank in sets.banks.items():
+        found = bank.features(host.encode, sets.normalize)
+        features = (found, bank.labels, query_features, sets.query.labels)
+        row = {"bank": bank_name, "knn": asdict(knn(*features, k=k, temperature=temperature))}
+        if probe:
+            row["linear"] = asdict(linear_probe(*features, seed=cfg.seed))
+        if finetune is not None:
+            tuned = fine_tune(host.encoder(), sets.normalize, bank, sets.query, finetune, cfg.seed)
+            row["finetune"] = asdict(tuned)
+        rows.append(row)
+    return rows
+
+
+def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
+    """Measure a clean run's encoder on a poisoned bank at every checkpoint that the run kept.
+
+    Beside the curve of a victim of the poison this tells what training on it did, and what the
+    poisoned bank alone does to any encoder.
+
+    Args:
+        run: the folder of a run of the embedded engine; `checkpoint.keep_prev=true` keeps all
+            checkpoints, `checkpoint.frequency` epochs apart.
+        poison: of the poisoned bank.
+
+    Returns:
+        One row a checkpoint, in the order of training: `step` and `knn_control`, percent; none
+        where the run kept its last one only.
+
+    Raises:
+        UserError: checkpoint, data set or poison cannot be used.
+    """
+    files = {_step_of(file): file for file in sorted(run.glob("*.ckpt"))}
+    if len(files) < 2:
+        return []
+    _, pipeline, cfg = _trained(run, run)
+    sets = _sets(run, pipeline, cfg, poison, None, None)
+    bank, rows = sets.banks["poisoned"], []
+    for step, file in sorted(files.items()):
+        host = _trained(file, run)[0]
+        found, query = (one.features(host.encode, sets.normalize) for one in (bank, sets.query))
+        near = knn(found, bank.labels, query, sets.query.labels)
+        rows.append({"step": step, "knn_control": near.accuracy})
+    return rows
+
+
+class _Sets(NamedTuple):
+    """What an encoder is measured on."""
+
+    banks: dict[str, Bank]
+    query: Bank
+    normalize: Callable[[Tensor], Tensor]
+
+
+def _sets(
+    folder: Path,
+    pipeline: Any,
+    cfg: DictConfig,
+    poison: Poison | None,
+    data: Path | None,
+    test: Path | None,
+) -> _Sets:
     source = cfg.data
     name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
     train, tests = load(name, path, test or source.val_path, source.no_labels)
@@ -114,20 +179,14 @@ def evaluate(
         raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
     twin = mirror(pipeline)
     clean, query = Bank.clean(train, twin.crop_size), Bank.clean(tests, twin.crop_size)
-    query_features = query.features(host.encode, twin.normalize)
     banks = {"clean": clean}
     if poison is not None:
         poison.check_classes(clean.classes)
         banks["poisoned"] = clean.poisoned(poison)
-    rows = []
-    for bank_name, bank in banks.items():
-        found = bank.features(host.encode, twin.normalize)
-        sets = (found, bank.labels, query_features, query.labels)
-        row = {"bank": bank_name, "knn": asdict(knn(*sets, k=k, temperature=temperature))}
-        if probe:
-            row["linear"] = asdict(linear_probe(*sets, seed=cfg.seed))
-        if finetune is not None:
-            tuned = fine_tune(host.encoder(), twin.normalize, bank, query, finetune, cfg.seed)
-            row["finetune"] = asdict(tuned)
-        rows.append(row)
-    return rows
+    return _Sets(banks, query, twin.normalize)
+
+
+def _step_of(file: Path) -> int:
+    """Return the optimiser steps that a checkpoint of the embedded engine was saved after."""
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return int(saved["global_step"])

@@ -34,6 +34,8 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 Array = NDArray[np.float64]
+LINES = {"knn_clean_bank": "-", "knn_poisoned_bank": "--", "knn_control": ":"}
+"""Of curves over training."""
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
@@ -46,19 +48,19 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
 def curves(rows: Sequence[Row], colour: Mapping[str, str]) -> str | None:
     """Draw kNN accuracy over a victim's training, means over seeds.
 
-    Solid: clean bank; dashed: poisoned bank.
+    Solid: clean bank; dashed: poisoned bank; dotted: the control, a clean encoder on that bank.
 
     Returns:
         An SVG as data URI; None if nothing was monitored more than once.
     """
-    if not any(len(row.curve) > 1 for row in rows):
+    if not any(len(mean_curve([row], "knn_clean_bank")[0]) > 1 for row in rows):
         return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.1), layout="constrained")
         axis = figure.subplots()
         for label in ordered(row.label for row in rows):
             own = [row for row in rows if row.label == label]
-            for key, style in (("knn_clean_bank", "-"), ("knn_poisoned_bank", "--")):
+            for key, style in LINES.items():
                 steps, means = mean_curve(own, key)
                 name = label if key == "knn_clean_bank" else None
                 axis.plot(steps, means, style, color=colour[label], label=name, linewidth=1.8)

@@ -42,7 +42,8 @@ class Row:
     accuracies: Mapping[str, float]
     """Percent, by the names in `MEASURES`."""
     curve: tuple[Mapping[str, float], ...]
-    """The monitor's evaluations: step, `knn_clean_bank`, `knn_poisoned_bank`."""
+    """The monitor's evaluations: step, `knn_clean_bank`, `knn_poisoned_bank`; in a study, those of
+    the clean run's checkpoints too: step, `knn_control`."""
     facts: Mapping[str, Any]
     """Steps, epochs, k, T and what else the run says of itself."""
 
@@ -142,7 +143,7 @@ def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> 
         folder=folders[name],
         poison_file=_existing(made_in / POISON_FILE),
         accuracies=accuracies,
-        curve=tuple(result.get("knn") or ()),
+        curve=(*(result.get("knn") or ()), *state.get("control_curve", ())),
         facts={**_facts(result), **_settings_of(banks["clean"])},
     )
 

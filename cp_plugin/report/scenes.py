@@ -58,7 +58,10 @@ def curves(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Picture]:
         if uri is not None:
             seeds = ", ".join(map(str, sorted({row.seed for row in part})))
             title = victim if defence == NONE else f"{victim}, defence {defence}"
-            caption = f"{backbone}; mean over seeds {seeds}. Solid: clean bank, dashed: poisoned."
+            caption = (
+                f"{backbone}; mean over seeds {seeds}. Solid: clean bank, dashed: poisoned, "
+                "dotted: the clean encoder on the poisoned bank (control)."
+            )
             made.append(Picture(title, uri, caption))
     return made
 

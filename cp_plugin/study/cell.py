@@ -50,7 +50,7 @@ class RunCell:
 
 
 def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
-    from cp_plugin.checkpoints import evaluate, poison_of
+    from cp_plugin.checkpoints import control_curve, evaluate, poison_of
 
     result = pretrain(compose(cell.config, [*cell.overrides, *_of_the_study(folder, cell)]))
     run = Path(result.pop("folder"))
@@ -59,8 +59,10 @@ def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
         return found
     found["banks"] = evaluate(run)
     if "clean" in cell.needs:
-        poison = poison_of(run)
-        found["control"] = evaluate(_run_of(folder, cell, "clean"), poison)[1:]
+        poison, clean = poison_of(run), _run_of(folder, cell, "clean")
+        assert poison is not None, "a cell that needs a clean run is a victim"
+        found["control"] = evaluate(clean, poison)[1:]
+        found["control_curve"] = control_curve(clean, poison)
     return found
 
 

@@ -118,8 +118,8 @@ def knn(results: list[Result]) -> str:
     """Seconds and accuracy of every way in the newest run."""
     newest = results[-1]
     lines = [
-        "| way | seconds | times Lightly's | times solo-learn's | accuracy | other votes |",
-        "|---|---|---|---|---|---|",
+        "| way | seconds | times Lightly's | times solo-learn's | accuracy | other votes | MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in newest["rows"]:
         times = [row.get(key) for key in ("times_lightly", "times_solo_learn")]
@@ -130,9 +130,18 @@ def knn(results: list[Result]) -> str:
             *("-" if value is None else f"{value:.1f}" for value in times),
             f"{row['accuracy']:.2f}",
             "-" if unlike is None else unlike,
+            "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:,.0f}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", f"{newest['what']}. {_source(newest)}"])
+    cost = newest["monitor"]
+    told = (
+        f"One evaluation of the monitor beside an epoch of {cost['epoch_seconds']:,.0f} s: search "
+        f"in both banks {cost['search_percent_of_an_epoch']:.1f} %, features of both and of the "
+        f"queries {cost['features_percent_of_an_epoch']:.1f} %; every {cost['every_n_epochs']} "
+        f"epochs {cost['percent_of_training']:.1f} % of training."
+    )
+    setting = f"{newest['what']}; MB: held while searching, beyond the features."
+    return "\n".join([*lines, "", told, setting, _source(newest)])
 
 
 def step(results: list[Result]) -> str:
