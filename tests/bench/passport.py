@@ -57,6 +57,15 @@ def write(theme: str, result: dict[str, Any], variant: str = "") -> Path:
     return path
 
 
+def source(result: dict[str, Any]) -> str:
+    """Return command, commit, date, hardware and versions of a result, as the README tells them."""
+    told = result["passport"]
+    versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
+    return (
+        f"`{told['command']}` at {told['commit']}, {told['date']}, {told['hardware']}; {versions}."
+    )
+
+
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
     """Time functions in turns, so that whatever else the machine does meets all of them.
 

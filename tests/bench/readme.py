@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
-from cp_plugin.report.rows import NONE, Row, row_of
-from cp_plugin.report.tables import markdown, tables
-from tests.bench.passport import RESULTS
+from tests.bench.passport import RESULTS, source
+from tests.bench.study_tables import curves, reproduction, study
 from tests.solo_served import MOMENTUM, SERVED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 Result = dict[str, Any]
-STUDY_MEASURES = ("linear_clean", "knn_clean", "knn_poisoned", "knn_control")
 
 
 def mirror(results: list[Result]) -> str:
@@ -62,7 +60,7 @@ def mirror(results: list[Result]) -> str:
                 f"{row['peak_memory_in_batches_two_views']:.1f}",
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", _source(newest)])
+    return "\n".join([*lines, "", source(newest)])
 
 
 def loader(results: list[Result]) -> str:
@@ -72,7 +70,7 @@ def loader(results: list[Result]) -> str:
     for row in newest["rows"]:
         rates = (row["images_per_second"], row["images_per_cpu_second"])
         lines.append(f"| {row['way']} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |")
-    return "\n".join([*lines, "", f"Two views an image, {newest['what']}. {_source(newest)}"])
+    return "\n".join([*lines, "", f"Two views an image, {newest['what']}. {source(newest)}"])
 
 
 def demo(results: list[Result]) -> str:
@@ -84,7 +82,7 @@ def demo(results: list[Result]) -> str:
         f"{first['victim_epochs']} epochs, eps 8/255. A demo took "
         f"{', '.join(f'{seconds:.0f}' for seconds in newest['seconds'])} s."
     )
-    return "\n".join([_banks(newest["rows"]), "", setting, _source(newest)])
+    return "\n".join([_banks(newest["rows"]), "", setting, source(newest)])
 
 
 def solo(results: list[Result]) -> str:
@@ -95,7 +93,7 @@ def solo(results: list[Result]) -> str:
         f"{newest['what']}; k = {first['k']}, T = {first['temperature']:g}, cosine, "
         f"{first['victim_epochs']} epochs."
     )
-    return "\n".join([_banks(newest["rows"]), "", setting, _source(newest)])
+    return "\n".join([_banks(newest["rows"]), "", setting, source(newest)])
 
 
 def _banks(rows: list[Result]) -> str:
@@ -141,7 +139,7 @@ def knn(results: list[Result]) -> str:
         f"epochs {cost['percent_of_training']:.1f} % of training."
     )
     setting = f"{newest['what']}; MB: held while searching, beyond the features."
-    return "\n".join([*lines, "", told, setting, _source(newest)])
+    return "\n".join([*lines, "", told, setting, source(newest)])
 
 
 def step(results: list[Result]) -> str:
@@ -165,7 +163,7 @@ def step(results: list[Result]) -> str:
             )
             lines.append("| " + " | ".join(cells) + " |")
     last = results[-1]
-    return "\n".join([*lines, "", f"{last['what']}. {_source(last)}"])
+    return "\n".join([*lines, "", f"{last['what']}. {source(last)}"])
 
 
 def completion(results: list[Result]) -> str:
@@ -187,7 +185,7 @@ def completion(results: list[Result]) -> str:
         f"{newest['times_numpy']:.1f} times faster by the clock; largest difference between the "
         f"two {newest['largest_difference']:.0e}. {newest['what']}."
     )
-    return "\n".join([*lines, "", told, _source(newest)])
+    return "\n".join([*lines, "", told, source(newest)])
 
 
 def solo_methods() -> str:
@@ -202,92 +200,19 @@ def solo_methods() -> str:
     return "\n".join(lines)
 
 
-def study(results: list[Result]) -> str:
-    """Accuracies of the newest study, defence by defence, with the worst case over victims."""
-    newest = results[-1]
-    measured = [cell for cell in newest["cells"] if cell["kind"] != "craft"]
-    rows = [row_of(cell, {"": Path()}, "") for cell in measured]
-    lines = []
-    for table in tables([row for row in rows if row.defence == NONE]):
-        if table.measure in STUDY_MEASURES:
-            lines += [f"**{table.title}**", "", markdown(table), ""]
-    lines += _defended(rows)
-    steps = sorted({cell["result"]["steps"] for cell in measured})
-    near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
-    setting = (
-        f"Percent; mean ± standard deviation of the sample over seeds "
-        f"{', '.join(map(str, sorted({row.seed for row in rows})))} (a bare figure: one seed). "
-        f"Victims of {', '.join(map(str, steps))} steps; surrogates: {_surrogates(newest)}. "
-        f"kNN: k = {near['k']}, T = {near['temperature']}, cosine; linear probe: "
-        f"{linear['epochs']} epochs, last epoch."
-    )
-    missing = [f"`{name}`: {reason}" for name, reason in newest["unfinished"].items()]
-    without = ["Without a result: " + "; ".join(missing) + "."] if missing else []
-    return "\n".join([*lines, setting, *without, _source(newest)])
-
-
-def _defended(rows: list[Row]) -> list[str]:
-    """Return a line a defence and victim, and the undefended ones of the same seeds before them."""
-    defended = [row for row in rows if row.defence != NONE]
-    if not defended:
-        return []
-    poisons = [name for name in dict.fromkeys(row.poison for row in defended) if name != NONE]
-    seeds = sorted({row.seed for row in defended})
-    lines = [
-        f"**under a defence, seed {', '.join(map(str, seeds))}**: linear probe / kNN on the clean "
-        "bank, kNN on the poisoned bank (control)",
-        "",
-        "| defence | victim | clean images | " + " | ".join(poisons) + " |",
-        "|---|---|---|" + "---|" * len(poisons),
-    ]
-    known = {(row.defence, row.victim, row.poison): row for row in rows if row.seed in seeds}
-    for defence in (NONE, *dict.fromkeys(row.defence for row in defended)):
-        for victim in dict.fromkeys(row.victim for row in defended):
-            found = [known.get((defence, victim, poison)) for poison in (NONE, *poisons)]
-            if all(found):
-                cells = (defence, victim, *map(_cell, found))
-                lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def _cell(row: Row) -> str:
-    found = row.accuracies
-    text = f"{found['linear_clean']:.1f} / {found['knn_clean']:.1f}"
-    if "knn_poisoned" in found:
-        text += f", {found['knn_poisoned']:.1f} ({found['knn_control']:.1f})"
-    return text
-
-
-def _surrogates(result: Result) -> str:
-    steps: dict[str, set[int]] = {}
-    for row in result["rows"]:
-        if row["surrogate_steps"]:
-            steps.setdefault(row["poison"], set()).add(row["surrogate_steps"])
-    told = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items())
-    return ", ".join(told) + " steps"
-
-
 def _errors(row: dict[str, float]) -> str:
     return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
 
 
-def _source(result: Result) -> str:
-    passport = result["passport"]
-    versions = ", ".join(f"{name} {number}" for name, number in passport["versions"].items())
-    return (
-        f"`{passport['command']}` at {passport['commit']}, {passport['date']}, "
-        f"{passport['hardware']}; {versions}."
-    )
-
-
 THEMES: dict[str, Callable[[list[Result]], str]] = {
-    "cifar10": study,
+    "cifar10": reproduction,
     "completion": completion,
     "demo": demo,
     "knn": knn,
     "loader": loader,
     "mirror": mirror,
     "photos": study,
+    "schedules": curves,
     "solo": solo,
     "step": step,
 }

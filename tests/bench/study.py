@@ -19,7 +19,10 @@ from cp_plugin.poison import Poison
 from tests.bench.passport import passport, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
-KEPT = ("poison", "surrogate", "victim", "backbone", "defence", "seed", "banks", "control")
+KEPT = (
+    *("poison", "surrogate", "victim", "backbone", "defence", "seed"),
+    *("banks", "control", "control_curve"),
+)
 FACTS = ("steps", "epochs", "surrogate_steps", "seconds", "train_loss", "knn", "eps", "granularity")
 
 Cell = dict[str, Any]
@@ -56,7 +59,8 @@ def _row(folder: Path, cells: dict[str, Cell], cell: Cell, on_gpu: bool) -> Cell
     banks = {bank["bank"]: bank for bank in cell["banks"]}
     control = next((bank["knn"]["accuracy"] for bank in cell.get("control", ())), None)
     result, crafts = cell["result"], list(_crafts(cells, cell))
-    seconds = sum(made["result"]["seconds"] for made in (cell, *crafts))
+    crafted = sum(made["result"]["seconds"] for made in crafts)
+    seconds = crafted + result["seconds"]
     return {
         **{key: cell[key] for key in ("poison", "surrogate", "victim", "defence", "seed")},
         "granularity": result["granularity"],
@@ -71,6 +75,7 @@ def _row(folder: Path, cells: dict[str, Cell], cell: Cell, on_gpu: bool) -> Cell
         "victim_epochs": result["epochs"],
         "surrogate_steps": sum(made["result"]["steps"] for made in crafts) or None,
         "image_passes": sum(_image_passes(folder / made["folder"]) for made in crafts) or None,
+        "craft_seconds": round(crafted, 1) if crafts else None,
         "seconds": round(seconds, 1),
         "gpu_minutes": round(seconds / 60, 1) if on_gpu else None,
     }

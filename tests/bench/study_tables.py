@@ -1,0 +1,177 @@
+"""The README's tables of studies: accuracies, the paper's table, how long a poison lasts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cp_plugin.report.figures import mean_curve
+from cp_plugin.report.rows import NONE, Row, row_of
+from cp_plugin.report.tables import markdown, spread, tables
+from tests.bench.passport import source
+
+Result = dict[str, Any]
+STUDY_MEASURES = ("linear_clean", "knn_clean", "knn_poisoned", "knn_control")
+CURVES = {
+    "knn_clean_bank": "clean bank",
+    "knn_poisoned_bank": "poisoned bank",
+    "knn_control": "control",
+}
+"""What a poison's curves are, and what they are called."""
+
+
+def study(results: list[Result]) -> str:
+    """Accuracies of the newest study, defence by defence, with the worst case over victims."""
+    newest = results[-1]
+    rows = [row_of(cell, {"": Path()}, "") for cell in _measured(newest)]
+    lines = []
+    for table in tables([row for row in rows if row.defence == NONE]):
+        if table.measure in STUDY_MEASURES:
+            lines += [f"**{table.title}**", "", markdown(table), ""]
+    lines += _defended(rows)
+    return "\n".join([*lines, _setting(newest), *_missing(newest), source(newest)])
+
+
+def _measured(result: Result) -> list[Result]:
+    return [cell for cell in result["cells"] if cell["kind"] != "craft"]
+
+
+def _setting(result: Result) -> str:
+    measured = _measured(result)
+    steps = sorted({cell["result"]["steps"] for cell in measured})
+    epochs = sorted({cell["result"]["epochs"] for cell in measured})
+    seeds = sorted({cell["seed"] for cell in measured})
+    near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
+    return (
+        "Percent; mean ± standard deviation of the sample over seeds "
+        f"{', '.join(map(str, seeds))} (a bare figure: one seed). "
+        f"Victims of {', '.join(map(str, steps))} steps ({', '.join(map(str, epochs))} epochs); "
+        f"surrogates: {_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
+        f"cosine; linear probe: {linear['epochs']} epochs, last epoch."
+    )
+
+
+def _missing(result: Result) -> list[str]:
+    missing = [f"`{name}`: {reason}" for name, reason in result["unfinished"].items()]
+    return ["Without a result: " + "; ".join(missing) + "."] if missing else []
+
+
+def reproduction(results: list[Result]) -> str:
+    """The paper's table: every victim of the newest study, and what its poison cost."""
+    newest = results[-1]
+    keys = ("linear_clean", "linear_poisoned", "knn_clean", "knn_poisoned", "knn_control")
+    titles = ("linear, clean bank", "poisoned", "kNN, clean bank", "poisoned", "control")
+    lines = [
+        f"| victim | poison | surrogate | {' | '.join(titles)} | steps of surrogates | "
+        "image passes | craft, min |",
+        "|" + "---|" * 11,
+    ]
+    costs = {_identity(row): row for row in newest["rows"]}
+    for cell in _measured(newest):
+        found, cost = row_of(cell, {"": Path()}, "").accuracies, costs[_identity(cell)]
+        spent = (cost["surrogate_steps"], cost["image_passes"], cost["craft_seconds"])
+        cells = (
+            cell["victim"],
+            cell["poison"],
+            cell["surrogate"] or "-",
+            *(f"{found[key]:.1f}" if key in found else "-" for key in keys),
+            "-" if spent[0] is None else spent[0],
+            "-" if spent[1] is None else f"{spent[1]:,}",
+            "-" if spent[2] is None else f"{spent[2] / 60:.1f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", _setting(newest), *_missing(newest), source(newest)])
+
+
+def _identity(cell: Result) -> tuple[Any, ...]:
+    return tuple(cell[key] for key in ("victim", "poison", "surrogate", "defence", "seed"))
+
+
+def curves(results: list[Result]) -> str:
+    """How long each poison of the newest study lasts: means over seeds, step by step."""
+    newest = results[-1]
+    rows = [row_of(cell, {"": Path()}, "") for cell in _measured(newest)]
+    steps = [int(step) for step in mean_curve(rows, "knn_clean_bank")[0]]
+    costs: dict[str, list[Result]] = {}
+    for row in newest["rows"]:
+        costs.setdefault(row["poison"], []).append(row)
+    lines = [
+        f"| poison | kNN | {' | '.join(map(str, steps))} |",
+        "|---|---|" + "---|" * len(steps),
+    ]
+    told = []
+    for poison in dict.fromkeys(row.poison for row in rows):
+        own = [row for row in rows if row.poison == poison]
+        for key, name in CURVES.items():
+            if mean_curve(own, key)[0]:
+                values = [spread(one) for one in _by_step(own, key, steps)]
+                lines.append(f"| {poison} | {name} | {' | '.join(map(str, values))} |")
+        if poison != NONE:
+            pairs = zip(
+                _by_step(own, "knn_control", steps),
+                _by_step(own, "knn_poisoned_bank", steps),
+                strict=True,
+            )
+            gaps = [
+                spread([there - here for there, here in zip(*pair, strict=True)]) for pair in pairs
+            ]
+            lines.append(f"| {poison} | **gap** | {' | '.join(map(str, gaps))} |")
+            told.append(_cost_and_gap(poison, costs[poison], gaps, steps))
+    return "\n".join([*lines, "", *told, "", _setting(newest), *_missing(newest), source(newest)])
+
+
+def _by_step(rows: list[Row], key: str, steps: list[int]) -> list[list[float]]:
+    """Return for each step the accuracies of all runs."""
+    curves_ = [{entry["step"]: entry[key] for entry in row.curve if key in entry} for row in rows]
+    return [[curve[step] for curve in curves_] for step in steps]
+
+
+def _cost_and_gap(poison: str, costs: list[Result], gaps: list[Any], steps: list[int]) -> str:
+    largest = max(range(len(gaps)), key=lambda number: gaps[number].mean)
+    seconds = spread([row["craft_seconds"] for row in costs])
+    return (
+        f"- `{poison}`: {costs[0]['surrogate_steps']} steps of surrogates, "
+        f"{costs[0]['image_passes']:,} image passes, {seconds} s; largest gap {gaps[largest]} at "
+        f"step {steps[largest]}, {gaps[-1]} at the end."
+    )
+
+
+def _defended(rows: list[Row]) -> list[str]:
+    """Return a line a defence and victim, and the undefended ones of the same seeds before them."""
+    defended = [row for row in rows if row.defence != NONE]
+    if not defended:
+        return []
+    poisons = [name for name in dict.fromkeys(row.poison for row in defended) if name != NONE]
+    seeds = sorted({row.seed for row in defended})
+    lines = [
+        f"**under a defence, seed {', '.join(map(str, seeds))}**: linear probe / kNN on the clean "
+        "bank, kNN on the poisoned bank (control)",
+        "",
+        "| defence | victim | clean images | " + " | ".join(poisons) + " |",
+        "|---|---|---|" + "---|" * len(poisons),
+    ]
+    known = {(row.defence, row.victim, row.poison): row for row in rows if row.seed in seeds}
+    for defence in (NONE, *dict.fromkeys(row.defence for row in defended)):
+        for victim in dict.fromkeys(row.victim for row in defended):
+            found = [known.get((defence, victim, poison)) for poison in (NONE, *poisons)]
+            if all(found):
+                cells = (defence, victim, *map(_cell, found))
+                lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _cell(row: Row) -> str:
+    found = row.accuracies
+    text = f"{found['linear_clean']:.1f} / {found['knn_clean']:.1f}"
+    if "knn_poisoned" in found:
+        text += f", {found['knn_poisoned']:.1f} ({found['knn_control']:.1f})"
+    return text
+
+
+def _surrogates(result: Result) -> str:
+    steps: dict[str, set[int]] = {}
+    for row in result["rows"]:
+        if row["surrogate_steps"]:
+            steps.setdefault(row["poison"], set()).add(row["surrogate_steps"])
+    told = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items())
+    return ", ".join(told) + " steps"
