@@ -21,7 +21,7 @@ from cp_plugin.engine import build_method, complete
 from cp_plugin.hydra_app import compose
 from cp_plugin.perturbation import Perturbation
 from cp_plugin.report import figures, report
-from cp_plugin.report.rows import Row, find
+from cp_plugin.report.rows import Row, find, row_of
 from cp_plugin.report.scenes import settings
 from cp_plugin.report.tables import markdown, spread, tables
 from cp_plugin.study.plan import plan
@@ -112,6 +112,20 @@ def test_curves_are_means_where_all_seeds_were_evaluated():
     assert figures.mean_curve(rows, "knn_poisoned_bank") == ([], [])
 
 
+def test_the_controls_curve_stands_beside_the_victims():
+    state = {
+        **dict.fromkeys(("poison", "victim", "backbone", "defence"), "none"),
+        "surrogate": None,
+        "seed": 0,
+        "banks": [_bank("clean", np.random.default_rng(0))],
+        "result": {"knn": [{"step": 2, "knn_clean_bank": 50.0}]},
+        "control_curve": [{"step": 2, "knn_control": 40.0}, {"step": 4, "knn_control": 30.0}],
+    }
+    found = row_of(state, {"": Path()}, "")
+    assert figures.mean_curve([found], "knn_clean_bank") == ([2], [50.0])
+    assert figures.mean_curve([found], "knn_control") == ([2, 4], [40.0, 30.0])
+
+
 @pytest.fixture(scope="module")
 def a_study(tmp_path_factory):
     """The folder of a study as its runs would leave it; the networks are untrained."""
@@ -158,13 +172,14 @@ def _checkpoint(cfg, path):
     torch.save(saved, path)
 
 
-def _result(cell, folder, run, draw):
-    def bank(name):
-        near = {"accuracy": draw.uniform(20, 80), "k": 20, "temperature": 0.07}
-        near |= {"distance": "cosine", "bank_size": 1800}
-        linear = {"last": draw.uniform(20, 80), "best": 90.0, "epochs": 100, "lr": 1.0}
-        return {"bank": name, "knn": near, "linear": linear}
+def _bank(name, draw):
+    near = {"accuracy": draw.uniform(20, 80), "k": 20, "temperature": 0.07}
+    near |= {"distance": "cosine", "bank_size": 1800}
+    linear = {"last": draw.uniform(20, 80), "best": 90.0, "epochs": 100, "lr": 1.0}
+    return {"bank": name, "knn": near, "linear": linear}
 
+
+def _result(cell, folder, run, draw):
     curve = [
         {"step": step, "knn_clean_bank": draw.uniform(20, 80), "epoch": step}
         | ({} if cell.poison == "none" else {"knn_poisoned_bank": draw.uniform(20, 80)})
@@ -174,8 +189,8 @@ def _result(cell, folder, run, draw):
     if cell.kind == "craft":
         return found
     names = ["clean"] if cell.kind == "clean" else ["clean", "poisoned"]
-    control = {"control": [bank("poisoned")]} if cell.kind == "victim" else {}
-    return found | {"banks": [bank(name) for name in names]} | control
+    control = {"control": [_bank("poisoned", draw)]} if cell.kind == "victim" else {}
+    return found | {"banks": [_bank(name, draw) for name in names]} | control
 
 
 @pytest.fixture(scope="module")
