@@ -31,9 +31,9 @@ class AskingAttack(Attack):
         restore: Callable[[], None],
         losses: list[Tensor],
     ) -> Asking:
-        rows_U, inverse_B = self.rows.of_batch(batch).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        rows_U, inverse_B = self._rows_of(batch)
         for pgd_step in range(self.config.pgd_steps):
-            delta = self.perturbation.gather(rows_U).requires_grad_()
+            delta = self.perturbation.gather(rows_U, batch.images.device).requires_grad_()
             gradient = torch.zeros_like(delta)
             images = poisoned(batch.images, delta[inverse_B])
             views = self._mirrored(images, "noise", *at, pgd_step)

@@ -83,7 +83,7 @@ class Rows:
         self._first = {key: row for row, key in enumerate(keys.tolist()) if key}
 
     def of_batch(self, batch: Batch) -> Tensor:
-        """Return the rows of the batch's images, int64 (P * B), on the batch's device.
+        """Return the rows of the batch's images, int64 (P * B), on the CPU.
 
         With P processes they are those of all of them, interleaved as `Share.positions` says, so
         that every process keeps the same rows and keys.
@@ -92,7 +92,7 @@ class Rows:
         if self.keys is not None:
             pairs = zip(gathered(batch.keys).tolist(), rows.tolist(), strict=True)
             rows = torch.tensor([row if row < 0 else self.claim(key, row) for key, row in pairs])
-        return rows.to(batch.images.device)
+        return rows
 
     def claim(self, key: int, row: int) -> int:
         """Return the row of the image with this key: the given one, or an identical image's."""
@@ -156,7 +156,7 @@ class Attack:
         """
         rows_U, inverse_B = self._rows_of(batch)
         with torch.set_grad_enabled(self.config.joint):
-            delta = self.perturbation.gather(rows_U)
+            delta = self.perturbation.gather(rows_U, batch.images.device)
             if self.config.joint:
                 delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
             return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
@@ -197,7 +197,7 @@ class Attack:
         rows_U, inverse_B = self._rows_of(batch)
         losses = []
         for pgd_step in range(self.config.pgd_steps):
-            delta = self.perturbation.gather(rows_U).requires_grad_()
+            delta = self.perturbation.gather(rows_U, batch.images.device).requires_grad_()
             images = poisoned(batch.images, delta[inverse_B])
             views = self._mirrored(images, "noise", *at, pgd_step)
             with self._release:
@@ -211,9 +211,13 @@ class Attack:
         return torch.stack(losses).mean()
 
     def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the rows of all processes' images, once each, and where each own image's is."""
+        """Return the rows of all processes' images, once each, and where each own image's is.
+
+        The rows are on the CPU, the places on the device of the images.
+        """
         rows_U, inverse = torch.unique(self.rows.of_batch(batch), return_inverse=True)
-        return rows_U, inverse[share().positions(len(batch.images))]
+        places_B = inverse[share().positions(len(batch.images))]
+        return rows_U, places_B.to(batch.images.device, non_blocking=True)
 
     def _descend(self, rows_U: Tensor, gradient: Tensor) -> None:
         step = self.config.step_size * self.config.eps

@@ -30,6 +30,8 @@ log = logging.getLogger("cp_plugin")
 
 MAPPED_BYTES = 8 << 30
 """A perturbation larger than this is mapped from a file instead of held in memory."""
+DEVICE_BYTES = 4 << 30
+"""Rows up to this size are kept where the model is while they are crafted."""
 
 
 class Crafting:
@@ -69,6 +71,8 @@ class Crafting:
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         self._chosen: Tensor | None = None
         perturbation, rows = self._rows(resumed)
+        if perturbation.stored.nbytes <= DEVICE_BYTES:
+            perturbation.move(host.device)
         self.attack = self.attack_class(host, twin, perturbation, rows, config, seed)
         self._bound = list(host.momentum_modules())
         self.schedule = self._schedule(1, 1)
@@ -84,7 +88,7 @@ class Crafting:
 
     def labels_of(self, batch: Batch) -> Tensor | None:
         """Return the labels of a batch's images, int64 (B), None where there are none."""
-        return None if self.labels is None else self.labels[batch.rows.cpu()]
+        return None if self.labels is None else self.labels[batch.rows]
 
     def rebind(self) -> None:
         """Take the modules of the momentum branch as they are now: hosts may replace them."""
@@ -133,16 +137,14 @@ class Crafting:
 
     def poison(self) -> Poison:
         """Return the perturbation as it stands; images not seen yet have no row in it."""
-        perturbation, rows = self.attack.perturbation, self.attack.rows
-        keys = None
+        rows, stored, keys = self.attack.rows, self.attack.perturbation.stored.cpu(), None
         if rows.keys is not None:
             seen = rows.keys != 0
-            perturbation = Perturbation(perturbation.stored[seen], perturbation.eps)
-            keys = rows.keys[seen]
+            stored, keys = stored[seen], rows.keys[seen]
         classes = class_names(self.opened.dataset)
         by_class = self.config.granularity == "class"
         return Poison(
-            perturbation,
+            Perturbation(stored, self.config.eps),
             self.config.granularity,
             keys,
             classes if by_class else None,

@@ -16,9 +16,10 @@ class Batch(NamedTuple):
     """Images as the data set holds them, before any augmentation, and what came with them."""
 
     rows: Tensor
-    """int64 (B): the images' positions in the training set."""
+    """int64 (B), on the CPU: the images' positions in the training set."""
     keys: Tensor
-    """int64 (B): 64-bit hashes of the decoded pixels, see `cp_plugin.data.image_key`."""
+    """int64 (B), on the CPU: 64-bit hashes of the decoded pixels, see
+    `cp_plugin.data.image_key`."""
     images: Tensor
     """uint8 (B, C, H, W), all of one size."""
     sample: Any

@@ -1,6 +1,7 @@
 """The delta store: one row a class or an image, in memory or mapped from disk.
 
 This is the only place that writes and clips delta. Only the rows of a batch are read and written.
+Row numbers stay on the CPU, where they come from: no accelerator is waited for because of them.
 Legend for shapes: K rows of the store, U rows asked for, C channels, H and W pixels.
 """
 
@@ -125,28 +126,39 @@ class Perturbation:
         channels, height, width = self.stored.shape[1:]
         return channels, height, width
 
-    def gather(self, rows_U: Tensor) -> Tensor:
-        """Return the rows as a new float32 tensor (U, C, H, W) on the device of `rows_U`."""
-        device = self.stored.device
-        picked = self.stored[rows_U.clamp(min=0).to(device)].to(rows_U.device, non_blocking=True)
-        delta = decode(picked, self.eps)
-        return delta.mul_((rows_U >= 0).view(-1, 1, 1, 1))
+    def move(self, device: torch.device) -> None:
+        """Keep the rows on a device from now on, such as that of the model they are made with."""
+        self.stored = self.stored.to(device)
+
+    def gather(self, rows_U: Tensor, device: torch.device | None = None) -> Tensor:
+        """Return the rows as a new float32 tensor (U, C, H, W).
+
+        Args:
+            rows_U: int64, on the CPU.
+            device: where the result is; None: where the rows are kept.
+        """
+        index = rows_U.clamp(min=0).to(self.stored.device, non_blocking=True)
+        delta = decode(self.stored[index].to(device, non_blocking=True), self.eps)
+        known = (rows_U >= 0).view(-1, 1, 1, 1)
+        return delta.mul_(known.to(delta.device, non_blocking=True))
 
     def write(self, rows_U: Tensor, delta_UCHW: Tensor) -> None:
         """Clip and store the rows; a row number may stand only once in `rows_U`."""
-        kept = rows_U >= 0
-        rows, delta = rows_U[kept], delta_UCHW.detach()[kept]
-        stored = encode(delta, self.eps, self.stored.dtype).to(self.stored.device)
-        self.stored[rows.to(self.stored.device)] = stored
+        home, delta = self.stored.device, delta_UCHW.detach()
+        (kept,) = torch.nonzero(rows_U >= 0, as_tuple=True)
+        if len(kept) < len(rows_U):
+            delta = delta[kept.to(delta.device, non_blocking=True)]
+        stored = encode(delta, self.eps, self.stored.dtype).to(home, non_blocking=True)
+        self.stored[rows_U[kept].to(home, non_blocking=True)] = stored
 
     def descend(self, rows_U: Tensor, gradient_UCHW: Tensor, step: float) -> None:
         """Move the rows against the sign of the gradient and clip (He et al., 2023, eq. 4).
 
         Args:
-            rows_U: int64, each row once.
+            rows_U: int64, on the CPU, each row once.
             gradient_UCHW: gradient of the loss that is minimised, in any unit; NaN and infinities,
                 which an overflow leaves, move nothing.
             step: length of the step, in pixels.
         """
         direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
-        self.write(rows_U, self.gather(rows_U).sub_(direction, alpha=step))
+        self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))

@@ -89,3 +89,14 @@ def test_rows_beyond_the_budget_are_refused():
         Perturbation(torch.full((1, *SHAPE), 0.1), EPS)
     with pytest.raises(UserError, match="at most"):
         Perturbation(torch.full((1, *SHAPE), torch.nan), EPS)
+
+
+def test_rows_go_where_they_are_wanted_and_stay_where_they_are_kept():
+    # The device `meta` has no memory: whatever needed a value of it would fail.
+    perturbation = store()
+    perturbation.move(torch.device("meta"))
+    rows = torch.tensor([-1, 4, 2])
+    assert perturbation.gather(rows).device.type == "meta"
+    perturbation.descend(rows, torch.ones(3, *SHAPE, device="meta"), 0.1)
+    assert perturbation.stored.device.type == "meta"
+    assert store().gather(rows, torch.device("meta")).device.type == "meta"

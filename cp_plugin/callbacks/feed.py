@@ -136,12 +136,13 @@ class Feed:
 
 
 def moved(batch: Batch, device: Any) -> Batch:
-    """Return a batch on a device."""
+    """Return a batch on a device; which rows it has is asked on the CPU and stays there."""
 
     def move(value: Any) -> Any:
         return value.to(device, non_blocking=True) if hasattr(value, "to") else value
 
-    return Batch(*(rebuilt(part, move) for part in batch))
+    images = batch.images.to(device, non_blocking=True)
+    return batch._replace(images=images, sample=rebuilt(batch.sample, move))
 
 
 def opened_loader(loader: DataLoader[Any], opened: Opened) -> DataLoader[Any]:
