@@ -44,6 +44,13 @@ class Part:
     number: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where views belong in a collated sample; no tensor, so no device is asked for it."""
+
+    number: int
+
+
 def find(sample: Any) -> list[Seen | Part]:
     """Return the marks in a sample, in the order of their views."""
     marks: list[Seen | Part] = []
@@ -68,13 +75,23 @@ def as_lists(sample: Any) -> Any:
     return rebuilt(sample, lambda value: value if _place(value) is None else [torch.tensor(value)])
 
 
+def with_places(sample: Any) -> Any:
+    """Return what the host's collate made of samples with placeholders, places in their stead."""
+
+    def exchange(value: Any) -> Any:
+        number = _place(value)
+        return value if number is None else Place(number)
+
+    return rebuilt(sample, exchange)
+
+
 def with_views(sample: Any, views: Sequence[Tensor], places: int, alone: bool = False) -> Any:
-    """Return a collated sample with views where its placeholders are.
+    """Return a collated sample with views in their places.
 
     Args:
-        sample: what the host's collate made of samples with placeholders.
+        sample: what `with_places` returned.
         views: V views, each (B, C, h, w).
-        places: how many placeholders a sample has: the whole list goes to the place if there is
+        places: how many places a sample has: the whole list goes to the place if there is
             one; the views go one by one if there are as many places.
         alone: the only view stands for itself, in no list.
 
@@ -90,11 +107,10 @@ def with_views(sample: Any, views: Sequence[Tensor], places: int, alone: bool = 
     put: set[int] = set()
 
     def exchange(value: Any) -> Any:
-        place = _place(value)
-        if place is None:
+        if not isinstance(value, Place):
             return value
-        put.add(place)
-        return contents[place]
+        put.add(value.number)
+        return contents[value.number]
 
     result = rebuilt(sample, exchange)
     if put != set(range(places)):
@@ -117,7 +133,7 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)(*(rebuilt(item, change) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(rebuilt(item, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Part)):
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Part, Place)):
         fields = {
             field.name: rebuilt(getattr(value, field.name), change)
             for field in dataclasses.fields(value)

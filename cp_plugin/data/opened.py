@@ -130,7 +130,7 @@ class Opened(Dataset[Item]):
             rows=torch.tensor([item.row for item in items], dtype=torch.int64),
             keys=torch.tensor([item.key for item in items], dtype=torch.int64),
             images=torch.stack([item.image for item in items]),
-            sample=sample,
+            sample=markers.with_places(sample),
         )
 
     def with_views(self, sample: Any, views: Sequence[Tensor]) -> Any:
