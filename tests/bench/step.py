@@ -2,7 +2,9 @@
 
     python -m tests.bench.step [--precision 32|bf16] [--official DIR] [--batch N] [--rows N]
 
-ResNet-18 with a CIFAR stem, the paper's CIFAR augmentations, T = 1. The floor is the network alone:
+ResNet-18 with a CIFAR stem, the paper's CIFAR augmentations, T = 1. A step is one of a phase of 8:
+what entering and leaving a phase costs is spread over them (the paper's phases have 20 steps, or an
+epoch's). The floor is the network alone:
 forward and backward to its input, weights frozen, eval mode, both views, same precision, same run;
 for MoCo and BYOL with the momentum network's. DIR is a copy of kaiwenzha/contrastive-poisoning: its
 model, loss and dense perturbation take the step that its training loop takes, anomaly detection on.
@@ -34,6 +36,8 @@ from cp_plugin.perturbation import Perturbation
 from tests.bench.passport import interleaved, passport, write
 
 SIZE, EPS = 32, 8 / 255
+PHASE = 8
+"""Steps that are timed as one."""
 METHODS = ("simclr", "mocov2plus", "byol")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ENCODERS = {
@@ -64,10 +68,10 @@ def batches(opened: Opened, size: int) -> Batch:
     return batch._replace(images=batch.images.to(DEVICE))
 
 
-def noise_step(
+def noise_phase(
     method: str, opened: Opened, rows: int, batch: Batch, cast: Cast
 ) -> tuple[Any, Callable[[], Any]]:
-    """Return the module of a method, and its noise step on a batch."""
+    """Return the module of a method, and a noise phase of it, always on the same batch."""
     cfg = complete(compose(method, ["~backbone.kwargs"]))
     module = build_method(cfg, SIZE).to(DEVICE)
     host = LightningHost(module, opened.with_views, precision=cast)
@@ -75,7 +79,7 @@ def noise_step(
     own = Rows.of_samples(torch.ones(rows, dtype=torch.bool))
     config = CraftConfig(pgd_steps=1)
     attack = Attack(host, mirror(build_pipeline(cfg)).to(DEVICE), perturbation, own, config, seed=0)
-    return module, lambda: list(attack.noise_phase([batch], 0))
+    return module, lambda: list(attack.noise_phase([batch] * PHASE, 0))
 
 
 def floor(module: Any, method: str, size: int, cast: Cast) -> Callable[[], Any]:
@@ -147,11 +151,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         photos.transform = build_pipeline(complete(compose(method, ["~backbone.kwargs"])))
         opened = Opened(photos, SIZE)
         batch = batches(opened, given.batch)
-        module, step = noise_step(method, opened, len(photos), batch, cast)
-        runs = {"step": step, "floor": floor(module, method, given.batch, cast)}
+        module, phase = noise_phase(method, opened, len(photos), batch, cast)
+        runs = {"step": phase, "floor": floor(module, method, given.batch, cast)}
         if given.official is not None and method == "simclr":
             runs["official"] = official_step(given.official, len(photos), batch)
         times = interleaved(runs, given.repeats)
+        times["step"] = {
+            name: value if name == "n" else value / PHASE for name, value in times["step"].items()
+        }
         seconds = {name: time["median"] / 1e3 for name, time in times.items()}
         cpu = {name: time["cpu"] / 1e3 for name, time in times.items()}
         theirs = seconds.get("official")
@@ -173,7 +180,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "passport": passport(["torch", "torchvision", "timm", "lightly", "kornia", "numba"]),
         "what": f"ResNet-18, CIFAR stem, batch {given.batch}, {len(photos)} rows, sample-wise, "
-        "T 1, channels last",
+        f"T 1, a step of a phase of {PHASE}, channels last",
         "precision": given.precision,
         "peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "rows": found,
