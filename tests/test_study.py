@@ -209,7 +209,7 @@ def test_only_hydra_is_set_on_the_command_line(tmp_path):
         study("photos", tmp_path / "out", ["max_epochs=3"])
 
 
-@pytest.mark.parametrize("name", ["photos", "cifar10", "cifar10_gpu", "schedules"])
+@pytest.mark.parametrize("name", ["photos", "cifar10", "cifar10_gpu", "schedules", "augment"])
 def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, monkeypatch):
     monkeypatch.setenv("CIFAR10", "a_folder")
     settings = read(name)
