@@ -15,7 +15,7 @@ from typing import Any
 
 from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.passport import RESULTS, source
-from tests.bench.study_tables import curves, reproduction, study
+from tests.bench.study_tables import augment, curves, reproduction, study
 from tests.solo_served import MOMENTUM, SERVED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -205,6 +205,7 @@ def _errors(row: dict[str, float]) -> str:
 
 
 THEMES: dict[str, Callable[[list[Result]], str]] = {
+    "augment": augment,
     "cifar10": reproduction,
     "completion": completion,
     "demo": demo,

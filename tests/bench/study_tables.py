@@ -45,8 +45,8 @@ def _setting(result: Result) -> str:
     return (
         "Percent; mean ± standard deviation of the sample over seeds "
         f"{', '.join(map(str, seeds))} (a bare figure: one seed). "
-        f"Victims of {', '.join(map(str, steps))} steps ({', '.join(map(str, epochs))} epochs); "
-        f"surrogates: {_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
+        f"Victims of {', '.join(map(str, steps))} steps ({', '.join(map(str, epochs))} epochs)"
+        f"{_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
         f"cosine; linear probe: {linear['epochs']} epochs, last epoch."
     )
 
@@ -81,6 +81,22 @@ def reproduction(results: list[Result]) -> str:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, "", _setting(newest), *_missing(newest), source(newest)])
+
+
+def augment(results: list[Result]) -> str:
+    """Clean runs whose views were made in two ways: accuracy and time of the newest study."""
+    newest = results[-1]
+    lines = ["| views by | linear probe | kNN | seconds a run |", "|---|---|---|---|"]
+    for way in dict.fromkeys(cell["backbone"] for cell in _measured(newest)):
+        own = [cell for cell in _measured(newest) if cell["backbone"] == way]
+        banks = [cell["banks"][0] for cell in own]
+        cells = (
+            spread([bank["linear"]["last"] for bank in banks]),
+            spread([bank["knn"]["accuracy"] for bank in banks]),
+            spread([cell["result"]["seconds"] for cell in own]),
+        )
+        lines.append(f"| {way} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", _setting(newest), source(newest)])
 
 
 def _identity(cell: Result) -> tuple[Any, ...]:
@@ -173,5 +189,5 @@ def _surrogates(result: Result) -> str:
     for row in result["rows"]:
         if row["surrogate_steps"]:
             steps.setdefault(row["poison"], set()).add(row["surrogate_steps"])
-    told = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items())
-    return ", ".join(told) + " steps"
+    told = [f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items()]
+    return f"; surrogates: {', '.join(told)} steps" if steps else ""
