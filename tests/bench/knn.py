@@ -39,6 +39,7 @@ from cp_plugin.engine.optimisation import build_optimizer
 from cp_plugin.evaluate import knn, vote
 from cp_plugin.mirror import Mirror, mirror
 from cp_plugin.neighbours import QUERY_BATCH, search
+from cp_plugin.patching import patches
 from tests.bench.passport import interleaved, passport, write
 
 K, TEMPERATURE = 200, 0.07
@@ -124,6 +125,9 @@ def solos() -> Callable[[Sets], float] | None:
         from solo.utils.knn import WeightedKNNClassifier
     except ImportError:
         return None
+    for patch in patches():
+        if patch.is_needed():
+            patch.apply()
 
     def accuracy(sets: Sets) -> float:
         bank, labels, queries, truth = sets
