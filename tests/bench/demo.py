@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench.passport import passport, write
+from tests.bench.passport import passport, portable, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 
@@ -16,7 +16,7 @@ def main(folders: list[str]) -> None:
     results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
     kept = {
         "passport": passport(PACKAGES)
-        | {"command": results[0]["command"], "hardware": results[0]["hardware"]},
+        | {"command": portable(results[0]["command"]), "hardware": results[0]["hardware"]},
         "data": results[0]["data"],
         "seconds": [result["seconds"] for result in results],
         "rows": [row for result in results for row in result["rows"]],

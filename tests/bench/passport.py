@@ -30,9 +30,15 @@ def passport(packages: Sequence[str]) -> dict[str, Any]:
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
-        "command": "python "
-        + " ".join(["-m tests.bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": portable(
+            " ".join(["python -m", f"tests.bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        ),
     }
+
+
+def portable(command: str) -> str:
+    """Return a command with folders by their own names, wherever they lie on this machine."""
+    return re.sub(r"(?<![^\s=])/\S*?([^/\s]+)/?(?=\s|$)", r"\1", command)
 
 
 def hardware() -> str:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from cp_plugin.attack import Schedule
 from cp_plugin.poison import Poison
-from tests.bench.passport import passport, write
+from tests.bench.passport import passport, portable, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 KEPT = (
@@ -36,7 +36,7 @@ def main(folder: Path, ran_at: str | None = None) -> None:
     on_gpu = "threads" not in versions["hardware"]
     kept = {
         "passport": versions
-        | {"command": result["command"], "commit": ran_at or versions["commit"]},
+        | {"command": portable(result["command"]), "commit": ran_at or versions["commit"]},
         "name": result["name"],
         "settings": result["settings"],
         "unfinished": result["unfinished"],

@@ -42,10 +42,15 @@ def _setting(result: Result) -> str:
     epochs = sorted({cell["result"]["epochs"] for cell in measured})
     seeds = sorted({cell["seed"] for cell in measured})
     near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
+    told = f"Percent; seed {seeds[0]}. "
+    if len(seeds) > 1:
+        told = (
+            "Percent; mean ± standard deviation of the sample over seeds "
+            f"{', '.join(map(str, seeds))} (a bare figure: one seed). "
+        )
     return (
-        "Percent; mean ± standard deviation of the sample over seeds "
-        f"{', '.join(map(str, seeds))} (a bare figure: one seed). "
-        f"Victims of {', '.join(map(str, steps))} steps ({', '.join(map(str, epochs))} epochs)"
+        f"{told}Victims of {', '.join(map(str, steps))} steps "
+        f"({', '.join(map(str, epochs))} epochs)"
         f"{_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
         f"cosine; linear probe: {linear['epochs']} epochs, last epoch."
     )
@@ -67,7 +72,14 @@ def reproduction(results: list[Result]) -> str:
         "|" + "---|" * 11,
     ]
     costs = {_identity(row): row for row in newest["rows"]}
-    for cell in _measured(newest):
+    victims = list(dict.fromkeys(cell["victim"] for cell in _measured(newest)))
+    order = {name: number for number, name in enumerate(newest["settings"]["poisons"])}
+
+    def place(cell: Result) -> tuple[Any, ...]:
+        transferred = cell["surrogate"] not in (None, cell["victim"])
+        return victims.index(cell["victim"]), transferred, order[cell["poison"]]
+
+    for cell in sorted(_measured(newest), key=place):
         found, cost = row_of(cell, {"": Path()}, "").accuracies, costs[_identity(cell)]
         spent = (cost["surrogate_steps"], cost["image_passes"], cost["craft_seconds"])
         cells = (
