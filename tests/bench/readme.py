@@ -162,8 +162,8 @@ def step(results: list[Result]) -> str:
                 "-" if faster is None else f"{faster:.1f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
-    last = results[-1]
-    return "\n".join([*lines, "", f"{last['what']}. {source(last)}"])
+    told = [f"In {name}: {result['what']}. {source(result)}" for name, result in newest.items()]
+    return "\n".join([*lines, "", "\n\n".join(told)])
 
 
 def completion(results: list[Result]) -> str:
