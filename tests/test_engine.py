@@ -27,6 +27,7 @@ from cp_plugin.engine import METHODS, build_method, build_pipeline, complete, de
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.optimisation import build_optimizer
 from cp_plugin.engine.pipeline import BLUR_SIGMAS
+from cp_plugin.pretrain import check
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
 TINY = [
@@ -536,3 +537,13 @@ def test_lars_makes_solo_learns_steps(
     )
     for ours, theirs in zip(mine, stock, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX512", "bf16-mixed"), ("AVX2", "32")])
+def test_half_precision_of_a_gpu_becomes_what_the_processor_is_fast_at(
+    capability: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    _, settings = check(_config("simclr", "accelerator=gpu", "precision=16-mixed"))
+    assert (settings.accelerator, str(settings.precision)) == ("cpu", precision)
