@@ -163,7 +163,7 @@ class MonitorConfig:
     temperature: float = 0.07
     """Votes weigh exp(cosine / temperature)."""
     index: Index = "flat"
-    """`flat`: exact; `ivf`: several times faster on banks of tens of thousands, approximate."""
+    """`flat`: exact; `ivf`: approximate, for banks so large that the search takes long."""
 
     def __post_init__(self) -> None:
         """Check every value.
