@@ -121,8 +121,8 @@ def knn(
         k: neighbours, at most the whole bank; None: `default_k`.
         temperature: positive.
         classes: number of classes; None: as many as the labels name.
-        index: `flat`, exact, or `ivf`, approximate, for large banks (Douze
-            et al., "The Faiss library", 2024); a small bank is searched exactly either way.
+        index: `flat`, exact, or `ivf`, approximate, for large banks (Douze et al., "The Faiss
+            library", 2024); a small bank is searched exactly either way.
 
     Returns:
         The accuracy in percent, with its settings.

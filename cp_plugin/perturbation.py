@@ -137,19 +137,19 @@ class Perturbation:
             rows_U: int64, on the CPU.
             device: where the result is; None: where the rows are kept.
         """
-        index = rows_U.clamp(min=0).to(self.stored.device, non_blocking=True)
-        delta = decode(self.stored[index].to(device, non_blocking=True), self.eps)
-        known = (rows_U >= 0).view(-1, 1, 1, 1)
-        return delta.mul_(known.to(delta.device, non_blocking=True))
+        home = self.stored.device
+        picked = self.stored[_moved(rows_U.clamp(min=0), home)]
+        delta = decode(_moved(picked, device or home), self.eps)
+        return delta.mul_(_moved(rows_U >= 0, delta.device).view(-1, 1, 1, 1))
 
     def write(self, rows_U: Tensor, delta_UCHW: Tensor) -> None:
         """Clip and store the rows; a row number may stand only once in `rows_U`."""
         home, delta = self.stored.device, delta_UCHW.detach()
         (kept,) = torch.nonzero(rows_U >= 0, as_tuple=True)
         if len(kept) < len(rows_U):
-            delta = delta[kept.to(delta.device, non_blocking=True)]
-        stored = encode(delta, self.eps, self.stored.dtype).to(home, non_blocking=True)
-        self.stored[rows_U[kept].to(home, non_blocking=True)] = stored
+            delta = delta[_moved(kept, delta.device)]
+        stored = _moved(encode(delta, self.eps, self.stored.dtype), home)
+        self.stored[_moved(rows_U[kept], home)] = stored
 
     def descend(self, rows_U: Tensor, gradient_UCHW: Tensor, step: float) -> None:
         """Move the rows against the sign of the gradient and clip (He et al., 2023, eq. 4).
@@ -162,3 +162,9 @@ class Perturbation:
         """
         direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
         self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device; on the way to an accelerator nobody waits for them."""
+    # On the way back somebody must: they would be read before they are there.
+    return values.to(device, non_blocking=device.type != "cpu")
