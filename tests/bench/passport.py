@@ -50,7 +50,7 @@ def hardware() -> str:
     if info.is_file():
         found = re.search(r"model name\s*:\s*(.+)", info.read_text())
         cpu = found.group(1).strip() if found else cpu
-    # Without AVX512 bf16 is computed by other means, many times slower.
+    # How fast bf16 is depends on them.
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{cpu}, {instructions}, {torch.get_num_threads()} threads"
 
