@@ -37,7 +37,7 @@ class KnnResult:
     distance: str
     """Always `cosine`."""
     index: str
-    """`flat`: exact search; `ivf`: an inverted file, a tenth of whose lists are searched."""
+    """`flat`: exact search; `ivf`: an inverted file of principal components."""
     bank_size: int
     """Labelled images that could be neighbours."""
 

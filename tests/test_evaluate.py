@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from cp_plugin.config import UserError
 from cp_plugin.evaluate import default_k, features, knn, linear_probe, vote
+from cp_plugin.neighbours import search
 
 
 def clusters(count: int, classes: int = 7, width: int = 24, noise: float = 1.6, seed: int = 0):
@@ -54,6 +56,18 @@ def test_an_inverted_file_finds_almost_the_same(monkeypatch: pytest.MonkeyPatch)
     assert found.accuracy == pytest.approx(exact.accuracy, abs=3)
     # Far more neighbours than the lists hold: what is missing has no vote.
     assert knn(bank, labels, queries, truth, 1900, index="ivf").accuracy > 30
+
+
+def test_an_inverted_file_tells_cosines_of_wide_features() -> None:
+    bank, queries = clusters(2000)[0], clusters(100, seed=1)[0]
+    turn = torch.linalg.qr(torch.randn(200, 200, generator=torch.Generator().manual_seed(0)))[0]
+    turn = turn[: bank.shape[1]]  # no more components than it had, so nothing is lost
+    (exact, rows), (told, found) = (
+        next(search(bank @ turn, queries @ turn, 1, kind)) for kind in ("flat", "ivf")
+    )
+    same = rows == found
+    assert same.double().mean() > 0.9
+    assert_close(told[same], exact[same], atol=1e-4, rtol=0)
 
 
 def test_a_small_bank_is_searched_exactly() -> None:
