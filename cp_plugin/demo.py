@@ -25,10 +25,10 @@ from cp_plugin.provenance import command, hardware, versions
 
 EPOCHS = 11
 """Of each victim and of the clean model."""
-SURROGATES = 6
+SURROGATES = 10
 """CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
 poison made on a single old surrogate did less to victims that train so briefly."""
-CP_CLASS = ("+poison=cp_class", "poison.rounds=15", "max_epochs=1000")
+CP_CLASS = ("+poison=cp_class", "poison.rounds=10", "max_epochs=1000")
 MONITOR = ("+monitor=knn", "monitor.every_n_epochs=1000")
 CP_SAMPLE = ("+poison=cp", "poison.rounds=6", "poison.pgd_steps=1", "max_epochs=1000")
 
@@ -91,7 +91,10 @@ def _common(out: Path, seed: int) -> list[str]:
         f"checkpoint.dir={out / 'runs'}",
         f"max_epochs={EPOCHS}",
         "optimizer.batch_size=64",
-        "optimizer.lr=1.0",
+        "augmentations=crops",  # colour jitter hides a perturbation from networks so young
+        "optimizer.name=adamw",
+        "optimizer.lr=4e-3",
+        "precision=16-mixed",
         "+backbone.kwargs.stem_stride=2",
         "data.num_workers=0",
     ]
