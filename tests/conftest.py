@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from applications import Ran, Stock, custom, ran
 from PIL import Image
-from solo_stock import Stock, custom
 from torch import Tensor
 
+from cp_plugin import cli
 from cp_plugin.data import Photos
 
 # One thread a process, here and in subprocesses: the tests themselves run side by side.
@@ -68,6 +70,20 @@ def image_folder(tmp_path: Path, photos: Photos) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """Factory of runs of `cp-plugin …`, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: Any) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["cp-plugin", *map(str, arguments)])
+        return ran(cli.main, capsys)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 """The command line: the whole job on small folders, and mistakes answered by one sentence."""
 
 import json
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from cp_plugin import Poison, cli
+from cp_plugin import Poison
 from cp_plugin.data import Opened, load
 from cp_plugin.perturbation import Perturbation
 
@@ -23,28 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run `cp-plugin …` in this process; returns exit code, standard output and error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cp-plugin", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

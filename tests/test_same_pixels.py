@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +11,15 @@ import lightning.pytorch
 import numpy as np
 import pytest
 import torch
+from applications import Ran, Stock, custom
 from lightly.data import LightlyDataset
 from lightly.transforms.simclr_transform import SimCLRTransform
-from solo_stock import Stock, custom
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from cp_plugin import InjectPoison, Poison, cli
+from cp_plugin import InjectPoison, Poison
 from cp_plugin.data import Opened, load
 from cp_plugin.mirror import Mirror
 from cp_plugin.perturbation import Perturbation
@@ -126,14 +125,12 @@ def train_lightly(images: Path, poison_file: Path, folder: Path) -> None:
     assert trainer.global_step == COUNT // 8
 
 
-def train_engine(images: Path, augment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_engine(images: Path, augment: str, call: Callable[..., Ran]) -> None:
     """`cp-plugin pretrain` on a folder of images, without any poison."""
     source = (f"data.train_path={images}", f"data.val_path={images}", "data.num_workers=0")
     arguments = ("--config-name", "simclr", "data.dataset=custom", *source, *ENGINE)
-    monkeypatch.setattr(sys, "argv", ["cp-plugin", "pretrain", *arguments, f"augment={augment}"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
+    trained = call("pretrain", *arguments, f"augment={augment}")
+    assert trained.code == 0, trained.err
 
 
 def test_victims_of_all_hosts_see_the_same_pixels(
@@ -143,6 +140,7 @@ def test_victims_of_all_hosts_see_the_same_pixels(
     poison_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., Ran],
 ) -> None:
     exported = tmp_path / "exported"
     assert export(poison_file, exported, images) == COUNT
@@ -158,10 +156,10 @@ def test_victims_of_all_hosts_see_the_same_pixels(
     assert ran.code == 0, ran.err
     pixels["solo-learn"] = by_image(seen, clean)
     with seen_by_transform(monkeypatch) as seen:
-        train_engine(exported, "host", monkeypatch)
+        train_engine(exported, "host", call)
     pixels["engine"] = by_image(seen, clean)
     with seen_by_mirror(monkeypatch) as seen:
-        train_engine(exported, "mirror", monkeypatch)
+        train_engine(exported, "mirror", call)
     pixels["mirror"] = by_image(seen, clean)
 
     poison = Poison.load(poison_file)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from applications import NATIVE, Stock, only
 from PIL import Image
-from solo_stock import NATIVE, Stock, only
 
 from cp_plugin.checkpoints import evaluate
 from cp_plugin.config import UserError

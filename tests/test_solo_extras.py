@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from solo_stock import CPU, CRAFT, SMALL, Stock, custom, only
+from applications import CPU, CRAFT, SMALL, Ran, Stock, custom, only
 
-from cp_plugin import cli
 from cp_plugin.patching import patches
 from cp_plugin.poison import Poison
 
@@ -100,15 +99,12 @@ def test_h5_files_are_read_by_workers(
 
 
 def test_the_doctor_names_hosts_patches_groups_and_hooks(
-    solo_learn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    solo_learn: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Ran]
 ) -> None:
     monkeypatch.syspath_prepend(solo_learn)
-    monkeypatch.setattr(sys, "argv", ["cp-plugin", "doctor"])
     monkeypatch.setenv("COLUMNS", "250")
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    shown = capsys.readouterr().out
-    assert not stop.value.code
+    code, shown, _ = call("doctor")
+    assert code == 0
     for text in ("torch", str(solo_learn), "compute_on_step", "cp_class", "knn", "Hydra plugin"):
         assert text in shown
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from solo_stock import CPU, CRAFT, SMALL, Stock, custom, only
+from applications import CPU, CRAFT, SMALL, Stock, custom, only
 
 # Stock solo-learn, timm and Lightning warn of their own uses of what is deprecated.
 pytestmark = [pytest.mark.filterwarnings("ignore")]

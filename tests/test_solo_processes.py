@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from solo_stock import CPU, only
+from applications import CPU, only
 
 from cp_plugin.poison import Poison
 

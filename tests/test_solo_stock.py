@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from solo_stock import CRAFT, NATIVE, only
+from applications import CRAFT, NATIVE, only
 
 from cp_plugin.data import Opened, load
 from cp_plugin.poison import Poison

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from solo_stock import CRAFT, Stock, only
+from applications import CRAFT, Stock, only
 
 from cp_plugin.callbacks.inject import inject
 from cp_plugin.data import Opened, Photos, class_names, labels, load

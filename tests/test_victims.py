@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cp_plugin import Poison, cli
+from cp_plugin import Poison
 from cp_plugin.banks import Bank
 from cp_plugin.config import UserError
 from cp_plugin.data import Photos
@@ -124,24 +123,6 @@ def test_the_standard_pipeline_crops_the_padded_image_and_flips_it():
 
 def test_the_contrastive_pipeline_gives_a_supervised_victim_two_views():
     assert mirror(build_pipeline(settings("supervised", "augmentations=cifar_paper"))).views == 2
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run `cp-plugin …` in this process; returns exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cp-plugin", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
-"""solo-learn's own applications, run in this process on small folders of images."""
+"""Applications run in this process: solo-learn's own, and ours."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -32,6 +36,34 @@ class Ran(NamedTuple):
     err: str
 
 
+def ran(main: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> Ran:
+    """Call an application; environment, Hydra and logging are as before when it has ended."""
+    capsys.readouterr()
+    code: Any = 0
+    with mock.patch.dict(os.environ), _loggers_kept():
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            GlobalHydra.instance().clear()
+    return Ran(code or 0, *capsys.readouterr())
+
+
+@contextmanager
+def _loggers_kept() -> Iterator[None]:
+    named = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    before = [(each.level, each.handlers[:], each.propagate, each.disabled) for each in named]
+    try:
+        yield
+    finally:
+        for logger, (level, handlers, propagate, disabled) in zip(named, before, strict=True):
+            for added in set(logger.handlers) - set(handlers):
+                added.close()
+            logger.setLevel(level)
+            logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
+
+
 class Stock:
     """`main_pretrain.py` and `main_linear.py` of a checkout, from its own YAML."""
 
@@ -50,16 +82,7 @@ class Stock:
         """Call an application's `main` with a command line."""
         main = self.module(script).main
         self._monkeypatch.setattr(sys, "argv", [f"{self.root}/{script}.py", *arguments])
-        self._capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            GlobalHydra.instance().clear()
-            os.environ.pop("PL_GLOBAL_SEED", None)
-        return Ran(code or 0, *self._capsys.readouterr())
+        return ran(main, self._capsys)
 
     def module(self, script: str) -> Any:
         """Load a script once."""
