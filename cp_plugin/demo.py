@@ -28,7 +28,9 @@ EPOCHS = 11
 SURROGATES = 10
 """CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
 poison made on a single old surrogate did less to victims that train so briefly."""
-CP_CLASS = ("+poison=cp_class", "poison.rounds=10", "max_epochs=1000")
+STEP = 0.01
+"""Of CP-C, in units of eps: the paper's, ten times as large, would fit delta to the last alone."""
+CP_CLASS = ("+poison=cp_class", f"poison.step_size={STEP}", "poison.rounds=10", "max_epochs=1000")
 MONITOR = ("+monitor=knn", "monitor.every_n_epochs=1000")
 CP_SAMPLE = ("+poison=cp", "poison.rounds=6", "poison.pgd_steps=1", "max_epochs=1000")
 
