@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cp_plugin import bounds
 from cp_plugin.config import UserError
 
 QUERY_BATCH = 1_024
 """Queries that are searched at once; it bounds the memory."""
 INDICES = ("flat", "ivf")
+MANY = 20_000
+"""Rows from which on bounds of distances save more than they cost."""
 WIDTH = 64
 """Principal components that an inverted file keeps of the features; 128 take a third longer."""
 SEARCHED = 0.15
@@ -58,6 +61,8 @@ def search(bank: Tensor, queries: Tensor, k: int, kind: str) -> Iterator[tuple[T
 def _exact(bank: Any, k: int) -> Search:
     """Return a search among unit rows, float32 array (N, D), which are not copied."""
     faiss = _faiss()
+    if len(bank) >= max(MANY, 50 * k) and bank.shape[1] >= 4 * bounds.WIDTH:
+        return bounds.Bounds(faiss, bank, k)
     return lambda queries: faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
 
 
