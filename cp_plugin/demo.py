@@ -25,11 +25,11 @@ from cp_plugin.provenance import command, hardware, versions
 
 EPOCHS = 11
 """Of each victim and of the clean model."""
-SURROGATES = 10
+SURROGATES = 15
 """CP-C is handed from one new surrogate to the next. Each is as young as a victim of the demo; a
 poison made on a single old surrogate did less to victims that train so briefly."""
-STEP = 0.01
-"""Of CP-C, in units of eps: the paper's, ten times as large, would fit delta to the last alone."""
+STEP = 0.005
+"""Of CP-C, in units of eps: the paper's, 20 times as large, would fit delta to the last alone."""
 CP_CLASS = ("+poison=cp_class", f"poison.step_size={STEP}", "poison.rounds=10", "max_epochs=1000")
 MONITOR = ("+monitor=knn", "monitor.every_n_epochs=1000")
 CP_SAMPLE = ("+poison=cp", "poison.rounds=6", "poison.pgd_steps=1", "max_epochs=1000")
