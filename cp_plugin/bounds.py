@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTH = 96
-"""Principal components that bounds are made of."""
+WIDTH = 127
+"""Principal components that bounds are made of: with one more, a length that BLAS is fast with."""
 SAMPLE = 5_000
 """Rows of the bank that the components are made from."""
 COMPARED = 2
@@ -68,7 +68,11 @@ class Bounds:
 
     def _components_of(self, rows_BD: Tensor) -> Any:
         centre, kept = self._centre, (rows_BD @ self._axes).sub_(self._centre @ self._axes)
-        squares = rows_BD.square().sum(1) - 2 * rows_BD @ centre + centre @ centre
+        squares = (
+            torch.linalg.vector_norm(rows_BD, dim=1).square()
+            - 2 * rows_BD @ centre
+            + centre @ centre
+        )
         rest = (squares - kept.square().sum(1)).clamp_(min=0).add_(LEAST).sqrt_()
         return torch.cat([kept, rest[:, None]], dim=1).numpy()
 

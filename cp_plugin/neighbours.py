@@ -61,7 +61,7 @@ def search(bank: Tensor, queries: Tensor, k: int, kind: str) -> Iterator[tuple[T
 def _exact(bank: Any, k: int) -> Search:
     """Return a search among unit rows, float32 array (N, D), which are not copied."""
     faiss = _faiss()
-    if len(bank) >= max(MANY, 50 * k) and bank.shape[1] >= 4 * bounds.WIDTH:
+    if len(bank) >= max(MANY, 50 * k) and bank.shape[1] >= 3 * bounds.WIDTH:
         return bounds.Bounds(faiss, bank, k)
     return lambda queries: faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
 
