@@ -68,11 +68,8 @@ class Bounds:
 
     def _components_of(self, rows_BD: Tensor) -> Any:
         centre, kept = self._centre, (rows_BD @ self._axes).sub_(self._centre @ self._axes)
-        squares = (
-            torch.linalg.vector_norm(rows_BD, dim=1).square()
-            - 2 * rows_BD @ centre
-            + centre @ centre
-        )
+        squares = torch.linalg.vector_norm(rows_BD, dim=1).square()
+        squares += centre @ centre - 2 * (rows_BD @ centre)
         rest = (squares - kept.square().sum(1)).clamp_(min=0).add_(LEAST).sqrt_()
         return torch.cat([kept, rest[:, None]], dim=1).numpy()
 
