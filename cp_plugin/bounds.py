@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTH = 127
-"""Principal components that bounds are made of: with one more, a length that BLAS is fast with."""
-SAMPLE = 5_000
-"""Rows of the bank that the components are made from."""
+from cp_plugin.components import Components
+
 COMPARED = 2
 """Rows that are compared in full, in units of k."""
-LEAST = 1e-4
-"""Added to the squared length of what components leave out. It brings two lengths no further apart,
-and keeps a rounding error of the squares, some 1e-7, from growing in the root."""
 SLACK = 3e-5
 """Of squared distances: float32 takes no bound for larger than it is by more."""
 
@@ -24,11 +19,10 @@ SLACK = 3e-5
 class Bounds:
     """The k nearest of unit rows.
 
-    Two rows are at least as far apart as their principal components, with the length of what these
-    leave out as one component more. So the rows of the least bounds are compared in full, and where
-    the bounds of all others exceed the k-th distance found, no other can be nearer (multi-step
-    search; Seidl and Kriegel, SIGMOD 1998). For queries where that fails, and where it fails for
-    most of a batch for all that follow, every row is compared.
+    Two rows are at least as far apart as their components. So the rows of the least bounds are
+    compared in full, and where the bounds of all others exceed the k-th distance found, no other
+    can be nearer (multi-step search; Seidl and Kriegel, SIGMOD 1998). For queries where that fails,
+    and where it fails for most of a batch for all that follow, every row is compared.
     """
 
     def __init__(self, faiss: ModuleType, bank: Any, k: int) -> None:
@@ -36,15 +30,12 @@ class Bounds:
 
         Args:
             faiss: the package.
-            bank: unit rows, float32 array (N, D), which are not copied; D is at least `WIDTH`.
+            bank: unit rows, float32 array (N, D), which are not copied.
             k: neighbours, at most N / `COMPARED`.
         """
         self._faiss, self._bank, self._k = faiss, bank, k
-        rows = torch.from_numpy(bank)
-        sample = rows[:: max(1, len(rows) // SAMPLE)]
-        self._centre = sample.mean(0)
-        self._axes = torch.linalg.eigh(torch.cov(sample.T)).eigenvectors[:, -WIDTH:]
-        self._components = self._components_of(rows)
+        self._components_of = Components(bank)
+        self._components = self._components_of(bank)
         self._pays = True
 
     def __call__(self, queries: Any) -> tuple[Any, Any]:
@@ -52,7 +43,7 @@ class Bounds:
         if not self._pays:
             return self._among_all(queries)
         bounds, candidates = self._faiss.knn(
-            self._components_of(torch.from_numpy(queries)),
+            self._components_of(queries),
             self._components,
             COMPARED * self._k,
             self._faiss.METRIC_L2,
@@ -65,13 +56,6 @@ class Bounds:
             cosines[unsure], rows[unsure] = map(torch.from_numpy, found)
         self._pays = 2 * int(unsure.sum()) <= len(queries)
         return cosines.numpy(), rows.numpy()
-
-    def _components_of(self, rows_BD: Tensor) -> Any:
-        centre, kept = self._centre, (rows_BD @ self._axes).sub_(self._centre @ self._axes)
-        squares = torch.linalg.vector_norm(rows_BD, dim=1).square()
-        squares += centre @ centre - 2 * (rows_BD @ centre)
-        rest = (squares - kept.square().sum(1)).clamp_(min=0).add_(LEAST).sqrt_()
-        return torch.cat([kept, rest[:, None]], dim=1).numpy()
 
     def _compared(self, queries: Any, rows: Any) -> Tensor:
         cosines = torch.empty(rows.shape)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_plugin import bounds
+from cp_plugin import components
+from cp_plugin.bounds import Bounds
 from cp_plugin.config import UserError
 
 QUERY_BATCH = 1_024
@@ -20,12 +21,10 @@ QUERY_BATCH = 1_024
 INDICES = ("flat", "ivf")
 MANY = 20_000
 """Rows from which on bounds of distances save more than they cost."""
-WIDTH = 64
-"""Principal components that an inverted file keeps of the features; 128 take a third longer."""
-SEARCHED = 0.15
+SEARCHED = 0.12
 """Part of the lists of an inverted file that a query is compared with."""
 POINTS_A_LIST = 40
-"""Rows of the bank, for each list, that components and lists are made from."""
+"""Rows of the bank, for each list, that the lists are made from."""
 ROUNDS = 5
 """Of the k-means that makes the lists: more of them change no vote that was seen."""
 
@@ -61,30 +60,25 @@ def search(bank: Tensor, queries: Tensor, k: int, kind: str) -> Iterator[tuple[T
 def _exact(bank: Any, k: int) -> Search:
     """Return a search among unit rows, float32 array (N, D), which are not copied."""
     faiss = _faiss()
-    if len(bank) >= max(MANY, 50 * k) and bank.shape[1] >= 3 * bounds.WIDTH:
-        return bounds.Bounds(faiss, bank, k)
+    if len(bank) >= max(MANY, 50 * k) and bank.shape[1] >= 3 * components.WIDTH:
+        return Bounds(faiss, bank, k)
     return lambda queries: faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
 
 
 def _approximate(bank: Any, k: int) -> Search:
-    """Return a search among the principal components of unit rows, float32 array (N, D).
-
-    Components are of centred rows. That changes inner products but no distances, so it searches by
-    these.
-    """
-    faiss = _faiss()
-    width, lists = min(WIDTH, bank.shape[1]), round(math.sqrt(len(bank)))
-    index = faiss.index_factory(bank.shape[1], f"PCA{width},IVF{lists},Flat", faiss.METRIC_L2)
-    inverted = faiss.extract_index_ivf(index)
-    inverted.cp.max_points_per_centroid = POINTS_A_LIST
-    inverted.cp.niter = ROUNDS
-    inverted.nprobe = math.ceil(SEARCHED * lists)
+    """Return a search among the components of unit rows, float32 array (N, D)."""
+    faiss, components_of = _faiss(), components.Components(bank)
+    points, lists = components_of(bank), round(math.sqrt(len(bank)))
+    index = faiss.index_factory(points.shape[1], f"IVF{lists},Flat", faiss.METRIC_L2)
+    index.cp.max_points_per_centroid = POINTS_A_LIST
+    index.cp.niter = ROUNDS
+    index.nprobe = math.ceil(SEARCHED * lists)
     # Rows from everywhere: a bank may be in the order of its classes.
-    index.train(np.ascontiguousarray(bank[:: max(1, len(bank) // (POINTS_A_LIST * lists))]))
-    index.add(bank)
+    index.train(np.ascontiguousarray(points[:: max(1, len(bank) // (POINTS_A_LIST * lists))]))
+    index.add(points)
 
     def nearest(queries: Any) -> tuple[Any, Any]:
-        squares, rows = index.search(queries, k)
+        squares, rows = index.search(components_of(queries), k)
         return 1 - squares / 2, rows
 
     return nearest

@@ -30,6 +30,7 @@ LAYERS = {
     "data": 2,
     "mirror": 2,
     "defences": 2,
+    "components": 1,
     "bounds": 1,
     "neighbours": 1,
     "evaluate": 2,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from cp_plugin import bounds, neighbours
+from cp_plugin import components, neighbours
 from cp_plugin.bounds import Bounds
 
 WIDTH, K = 160, 20
@@ -17,7 +17,7 @@ WIDTH, K = 160, 20
 
 @pytest.fixture(autouse=True)
 def _narrow_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "WIDTH", 24)
+    monkeypatch.setattr(components, "WIDTH", 24)
 
 
 def drawn(count: int, spectrum: Tensor, seed: int) -> Tensor:
