@@ -21,8 +21,10 @@ QUERY_BATCH = 1_024
 INDICES = ("flat", "ivf")
 MANY = 20_000
 """Rows from which on bounds of distances save more than they cost."""
-SEARCHED = 0.12
+SEARCHED = 0.1
 """Part of the lists of an inverted file that a query is compared with."""
+FEWEST = 8
+"""Lists that it is compared with at least: few lists are wide, and a query is often at an edge."""
 POINTS_A_LIST = 40
 """Rows of the bank, for each list, that the lists are made from."""
 ROUNDS = 5
@@ -72,7 +74,7 @@ def _approximate(bank: Any, k: int) -> Search:
     index = faiss.index_factory(points.shape[1], f"IVF{lists},Flat", faiss.METRIC_L2)
     index.cp.max_points_per_centroid = POINTS_A_LIST
     index.cp.niter = ROUNDS
-    index.nprobe = math.ceil(SEARCHED * lists)
+    index.nprobe = min(lists, max(FEWEST, math.ceil(SEARCHED * lists)))
     # Rows from everywhere: a bank may be in the order of its classes.
     index.train(np.ascontiguousarray(points[:: max(1, len(bank) // (POINTS_A_LIST * lists))]))
     index.add(points)
