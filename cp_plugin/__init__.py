@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cp_plugin.attack.poison_file import Poison
     from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor
     from cp_plugin.defences import defended
     from cp_plugin.loop import PoisonLoop, poisoned
-    from cp_plugin.poison import Poison
 
 __all__ = [
     "CraftPoison",
@@ -27,19 +27,21 @@ __all__ = [
     "poisoned",
 ]
 
-_HOME = {
+_HOME = {  # where each public name is defined
     "CraftPoison": "cp_plugin.callbacks",
     "Defence": "cp_plugin.callbacks",
     "defended": "cp_plugin.defences",
     "InjectPoison": "cp_plugin.callbacks",
     "KNNMonitor": "cp_plugin.callbacks",
-    "Poison": "cp_plugin.poison",
+    "Poison": "cp_plugin.attack.poison_file",
     "PoisonLoop": "cp_plugin.loop",
     "poisoned": "cp_plugin.loop",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hydra_plugin":  # `_target_` of configurations that version 0.1 wrote
+        return import_module("cp_plugin.integrations.hydra_plugin")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

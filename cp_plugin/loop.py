@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cp_plugin.adapters.fitting import check_module, check_pipeline
-from cp_plugin.adapters.module import ModuleHost
-from cp_plugin.adapters.observation import Ask, Asking, named_networks
-from cp_plugin.asking import AskingCrafting
-from cp_plugin.callbacks.base import run_seed
-from cp_plugin.callbacks.feed import endless, moved, opened_loader
-from cp_plugin.callbacks.inject import inject
-from cp_plugin.config import CraftConfig, UserError, build
-from cp_plugin.data import Opened, Poisoned
-from cp_plugin.host import Batch
+from cp_plugin.attack.asking import RequestingCrafting
+from cp_plugin.attack.inject import inject
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.settings import CraftConfig, UserError, build
+from cp_plugin.data import PreTransformDataset, RawDataset
+from cp_plugin.data.batch import Batch
+from cp_plugin.data.loading import endless, moved, raw_loader
+from cp_plugin.hosts.checks import check_module, check_pipeline
+from cp_plugin.hosts.module import ModuleHost
+from cp_plugin.hosts.observe import LossRequest, LossRequests, named_networks
 from cp_plugin.mirror import mirror
-from cp_plugin.poison import Poison
+from cp_plugin.util.seed import run_seed
 
 log = logging.getLogger("cp_plugin")
 
@@ -36,7 +36,9 @@ MODEL = "model"
 """What the first module of a loop is called, where there are several."""
 
 
-def poisoned(dataset: Any, poison: Poison | str | Path, fraction: float = 1.0) -> Poisoned:
+def poisoned(
+    dataset: Any, poison: Poison | str | Path, fraction: float = 1.0
+) -> PreTransformDataset:
     """Return a data set whose images carry a poison before its own transform: a victim's data.
 
     Args:
@@ -90,8 +92,8 @@ class PoisonLoop:
             model: the networks; momentum networks too.
             others: other modules that the body changes: a loss with a memory bank, a second
                 network.
-            settings: those of `cp_plugin.config.CraftConfig`, by name. A model step is one run of
-                the body.
+            settings: those of `cp_plugin.config.settings.CraftConfig`, by name. A model step is one
+                run of the body.
 
         Raises:
             UserError: an unknown setting, a data set that streams or has no mirror, or a method
@@ -104,22 +106,24 @@ class PoisonLoop:
         self._check_modules((model, *others))
         config = build(CraftConfig, settings)
         method = type(model).__name__
-        pipeline = Opened(dataloader.dataset, None).transform
+        pipeline = RawDataset(dataloader.dataset, None).transform
         check_pipeline(method, pipeline)
-        twin = mirror(pipeline)
+        view_mirror = mirror(pipeline)
         module = _Together(model, others) if others else model
-        check_module(module, twin.views)
+        check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
-        self._opened = Opened(dataloader.dataset, config.image_size or twin.crop_size)
-        self._loader = opened_loader(dataloader, self._opened)
+        self._raw = RawDataset(dataloader.dataset, config.image_size or view_mirror.crop_size)
+        self._loader = raw_loader(dataloader, self._raw)
         self._batches = endless(self._loader)
         seed = run_seed() if config.seed is None else config.seed
         folder = Path(config.dir or ".")
-        self._crafting = AskingCrafting(self._host, twin, self._opened, config, seed, folder)
+        self._crafting = RequestingCrafting(
+            self._host, view_mirror, self._raw, config, seed, folder
+        )
         self._crafting.plan(len(dataloader))
         self._crafting.announce(dataloader.batch_size or 0)
         self._folder = folder
-        self._settled = False
+        self._momentum_known = False
         self._model_batches = 0
         self.model_phase = True
         """Whether the body trains the surrogate just now, rather than the perturbation."""
@@ -143,9 +147,9 @@ class PoisonLoop:
             if schedule.finished:
                 return
             batch = self._moved(raw)
-            if self._crafting.config.joint and not self._settled:
-                yield from self._settle(batch)
-            yield self._opened.with_views(batch.sample, self._views(batch))
+            if self._crafting.config.joint and not self._momentum_known:
+                yield from self._detect_momentum(batch)
+            yield self._raw.with_views(batch.sample, self._views(batch))
             self._crafting.attack.check_moved("the body of the loop")
             self._model_batches += 1
             if schedule.model_step():
@@ -198,22 +202,22 @@ class PoisonLoop:
     def _views(self, batch: Batch) -> list[Tensor]:
         return self._crafting.attack.views(batch, self._model_batches)
 
-    def _settle(self, batch: Batch) -> Iterator[Any]:
+    def _detect_momentum(self, batch: Batch) -> Iterator[Any]:
         """Let the body show, on one batch, what its momentum branch is and what reads labels."""
         self.model_phase = False
         try:
             views = [view.detach() for view in self._views(batch)]
             labels = self._crafting.labels_of(batch)
-            settling = self._host.branch.settling(self._host.method, views, batch, labels)
-            yield from self._answered(settling)
-            self._settled = True
+            detecting = self._host.branch.detecting(self._host.method, views, batch, labels)
+            yield from self._answered(detecting)
+            self._momentum_known = True
             self._crafting.rebind()
         finally:
             self.model_phase = True
 
     def _noise_phase(self, batch: Batch) -> Iterator[Any]:
-        if not self._settled:
-            yield from self._settle(batch)
+        if not self._momentum_known:
+            yield from self._detect_momentum(batch)
         self.model_phase = False
         try:
             self._crafting.rebind()
@@ -221,20 +225,20 @@ class PoisonLoop:
             raw = (next(self._batches) for _ in range(schedule.noise_steps))
             losses: list[Tensor] = []
             attack = self._crafting.attack
-            asking = attack.asking(map(self._moved, raw), schedule.steps_done, losses)
-            yield from self._answered(asking)
+            requests = attack.requests(map(self._moved, raw), schedule.steps_done, losses)
+            yield from self._answered(requests)
             self.losses.append(float(torch.stack(losses).mean()))
             log.info("noise phase %d: loss %.5f", len(self.losses), self.losses[-1])
         finally:
             self.model_phase = True
 
-    def _answered(self, asking: Asking) -> Iterator[Any]:
+    def _answered(self, requests: LossRequests) -> Iterator[Any]:
         """Let the body of the loop compute the losses that are asked for."""
-        with closing(asking):  # type: ignore[type-var]
-            for ask in asking:
-                with _looking(ask) as looked, self._host.branch.readers_detached():
-                    yield self._opened.with_views(ask.batch.sample, ask.views)
-                if not looked:
+        with closing(requests):  # type: ignore[type-var]
+            for request in requests:
+                with _losses_shown(request) as shown, self._host.branch.readers_detached():
+                    yield self._raw.with_views(request.batch.sample, request.views)
+                if not shown:
                     raise UserError(
                         "PoisonLoop expected the body of the loop to call loss.backward() for "
                         "every batch, but it came back without; call it once a batch."
@@ -272,17 +276,17 @@ def _full_names(module: nn.Module, names: str | Sequence[str]) -> str | Sequence
 
 
 @contextmanager
-def _looking(ask: Ask) -> Iterator[list[bool]]:
-    """Show every loss whose `backward` is called to `ask`, in place of the backward pass."""
-    looked: list[bool] = []
+def _losses_shown(request: LossRequest) -> Iterator[list[bool]]:
+    """Show every loss whose `backward` is called to a request, in place of the backward pass."""
+    shown: list[bool] = []
     own = Tensor.backward
 
     def backward(loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
-        looked.append(True)
-        ask.look(loss if gradient is None else (loss * gradient).sum())
+        shown.append(True)
+        request.on_loss(loss if gradient is None else (loss * gradient).sum())
 
     Tensor.backward = backward  # type: ignore[method-assign,assignment]
     try:
-        yield looked
+        yield shown
     finally:
         Tensor.backward = own  # type: ignore[method-assign]

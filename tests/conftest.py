@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from applications import Ran, Stock, custom, ran
 from PIL import Image
 from torch import Tensor
 
-from cp_plugin import cli
+from cp_plugin.apps import cli
 from cp_plugin.data import Photos
+from tests.support.applications import Ran, Stock, custom, ran
 
 # One thread a process, here and in subprocesses: the tests themselves run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -35,11 +35,4 @@ def run_folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def run_seed(default: int = 0) -> int:
-    """Return the seed of `seed_everything`, or the default where it was not called."""
-    import os
-
-    return int(os.environ.get("PL_GLOBAL_SEED", default))
-
-
-__all__ = ["POISON_FILE", "Callback", "run_folder", "run_seed"]
+__all__ = ["POISON_FILE", "Callback", "run_folder"]

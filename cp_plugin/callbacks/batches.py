@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.data.markers import rebuilt
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.slots import rebuilt
 
 
 def views_of(batch: Any) -> list[Tensor]:

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.adapters import adapt
-from cp_plugin.adapters.fitting import check_pipeline
-from cp_plugin.adapters.lightly import LightningHost
-from cp_plugin.attack import Attack, Schedule
+from cp_plugin.attack.crafting import Crafting
+from cp_plugin.attack.loop import Attack, Schedule
+from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
-from cp_plugin.callbacks.base import POISON_FILE, Callback, run_folder, run_seed
-from cp_plugin.callbacks.feed import Feed, check_batches, endless, training_loader
-from cp_plugin.config import EPOCH, AlternationConfig, CraftConfig, UserError, build
-from cp_plugin.crafting import Crafting
-from cp_plugin.data import Opened
-from cp_plugin.host import Batch
+from cp_plugin.callbacks.base import POISON_FILE, Callback, run_folder
+from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
+from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, build
+from cp_plugin.data import RawDataset
+from cp_plugin.data.batch import Batch
+from cp_plugin.data.loading import endless
+from cp_plugin.hosts import adapt
+from cp_plugin.hosts.checks import check_pipeline
+from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
-from cp_plugin.poison import Poison
+from cp_plugin.util.seed import run_seed
 
 log = logging.getLogger("cp_plugin")
 
@@ -80,16 +82,16 @@ class CraftPoison(Callback):
                 "folder."
             )
         loader = training_loader(trainer)
-        pipeline = Opened(loader.dataset, None).transform
+        pipeline = RawDataset(loader.dataset, None).transform
         check_pipeline(type(pl_module).__name__, pipeline)
-        twin = mirror(pipeline).to(pl_module.device)
-        opened = Opened(loader.dataset, self.config.image_size or twin.crop_size)
-        host = self.adapted(trainer, pl_module, opened)
-        host.check(twin.views)
+        view_mirror = mirror(pipeline).to(pl_module.device)
+        raw = RawDataset(loader.dataset, self.config.image_size or view_mirror.crop_size)
+        host = self.adapted(trainer, pl_module, raw)
+        host.check(view_mirror.views)
         self._host = host
         seed = run_seed() if self.config.seed is None else self.config.seed
         self.crafting = self.crafting_class(
-            host, twin, opened, self.config, seed, self.folder, self._resumed
+            host, view_mirror, raw, self.config, seed, self.folder, self._resumed
         )
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
         if scaler is not None:
@@ -97,12 +99,12 @@ class CraftPoison(Callback):
         self.plan(trainer, loader)
         batch_size = (loader.batch_size or 0) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
-        self._settled = False
+        self._momentum_known = False
         self._steps_seen = trainer.global_step
-        self._feed = Feed(trainer, pl_module, opened, self._views_of(trainer))
+        self._hooks = LoaderHooks(trainer, pl_module, raw, self._views_of(trainer))
         self._batches = endless(loader)
 
-    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
         """Return the surrogate behind the protocol that the attack sees.
 
         Raises:
@@ -110,7 +112,7 @@ class CraftPoison(Callback):
         """
         assert isinstance(self.config, CraftConfig)
         context = trainer.precision_plugin.train_step_context
-        return adapt(pl_module, opened.with_views, self.config.momentum_modules, context)
+        return adapt(pl_module, raw.with_views, self.config.momentum_modules, context)
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""
@@ -153,7 +155,7 @@ class CraftPoison(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison."""
-        self._feed.stop()
+        self._hooks.stop()
         # A run that is resumed after its poison was written keeps what it wrote.
         if trainer.is_global_zero and not self.path.exists():
             self.crafting.complete_keys()
@@ -170,8 +172,8 @@ class CraftPoison(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give module and loader their own back when training breaks off."""
-        if hasattr(self, "_feed"):
-            self._feed.stop()
+        if hasattr(self, "_hooks"):
+            self._hooks.stop()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write delta beside the checkpoint and the rest of the state into it."""
@@ -206,10 +208,10 @@ class CraftPoison(Callback):
     def _views_of(self, trainer: Any) -> Any:
         def views(batch: Batch) -> list[Tensor]:
             made = self.attack.views(batch, trainer.fit_loop.total_batch_idx)
-            if not self._settled:
+            if not self._momentum_known:
                 # Not before: hooks of the module may freeze or build networks as training starts.
-                self._settled = True
-                self._host.settle(
+                self._momentum_known = True
+                self._host.detect_momentum(
                     [view.detach() for view in made], batch, self.crafting.labels_of(batch)
                 )
                 self.crafting.rebind()

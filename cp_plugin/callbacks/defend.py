@@ -9,17 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.adapters import adapt
-from cp_plugin.adapters.solo import is_solo
-from cp_plugin.callbacks.base import Callback, run_seed
+from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
-from cp_plugin.callbacks.feed import Exchange, training_loader
 from cp_plugin.callbacks.inject import InjectPoison
-from cp_plugin.config import UserError
-from cp_plugin.data import Opened, class_names, labels
-from cp_plugin.data.markers import rebuilt
-from cp_plugin.defence_config import (
+from cp_plugin.callbacks.loader_hooks import Exchange, training_loader
+from cp_plugin.config.defences import (
     AdversarialConfig,
     CutoutConfig,
     DpSgdConfig,
@@ -28,11 +23,17 @@ from cp_plugin.defence_config import (
     check_defence,
     defence_settings,
 )
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data.slots import rebuilt
 from cp_plugin.defences import Cutout, GaussianNoise, Mixing, Pixels, adversarial_views
 from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
 from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
+from cp_plugin.hosts import adapt
+from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
+from cp_plugin.hosts.solo_learn import is_solo
 from cp_plugin.mirror import Mirror, mirror
-from cp_plugin.release import release, untouched
+from cp_plugin.util.seed import run_seed
 
 Step = Callable[..., Any]
 """A module's `training_step`."""
@@ -56,7 +57,7 @@ class Defence(Callback):
         Args:
             name: matrix_completion, adversarial, noise, smoothing, cutout, mixup, cutmix, dp_sgd
                 or none.
-            settings: those of the defence, by name, see `cp_plugin.defence_config`.
+            settings: those of the defence, by name, see `cp_plugin.config.defences`.
 
         Raises:
             UserError: an unknown name or setting, or a value out of range.
@@ -90,10 +91,10 @@ class Defence(Callback):
         config, loader = self.config, training_loader(trainer)
         if config is None:
             return
-        if isinstance(loader.dataset, Opened):
+        if isinstance(loader.dataset, RawDataset):
             raise UserError("Defence must stand before MirrorViews in the list of callbacks.")
         if isinstance(config, IMAGE_DEFENCES):
-            size = mirror(Opened(loader.dataset, None).transform).crop_size
+            size = mirror(RawDataset(loader.dataset, None).transform).crop_size
             device = pl_module.device
             changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
             self._facts.update(facts)
@@ -142,8 +143,8 @@ class Defence(Callback):
 
     def _make_private(self, trainer: Any, module: Any, loader: Any, config: DpSgdConfig) -> None:
         dataset = loader.dataset
-        twin = mirror(Opened(dataset, None).transform)
-        if twin.views != 1:
+        view_mirror = mirror(RawDataset(dataset, None).transform)
+        if view_mirror.views != 1:
             check_defence(self.name, type(module).__name__)
         known = labels(dataset)
         if known is None or bool((known < 0).any()):
@@ -185,8 +186,8 @@ class Defence(Callback):
         return step
 
     def _mixed_step(self, module: Any, dataset: Any, config: MixupConfig) -> Defended:
-        twin = _mirror_of(dataset)
-        if getattr(module, "cfg", None) is None and twin.views != 1:
+        view_mirror = _mirror_of(dataset)
+        if getattr(module, "cfg", None) is None and view_mirror.views != 1:
             check_defence(self.name, type(module).__name__)
         known = labels(dataset)
         if known is None:
@@ -204,9 +205,9 @@ class Defence(Callback):
 
     def _pixels(self, module: Any, dataset: Any) -> Pixels:
         """Return what black and white are in views, as the pipeline normalises them."""
-        twin = _mirror_of(dataset)
+        view_mirror = _mirror_of(dataset)
         shape = (1, 3, 1, 1)
-        black, white = (twin.normalize(make(shape))[0] for make in (torch.zeros, torch.ones))
+        black, white = (view_mirror.normalize(make(shape))[0] for make in (torch.zeros, torch.ones))
         return Pixels(black, white).to(module.device)
 
     def _wrap_step(self, module: Any, defended: Defended) -> None:
@@ -253,21 +254,21 @@ class _Adversary:
         """Move the views in eval mode, the module left as it was; then train on them."""
         views = views_of(batch)
         module = self._module
-        with untouched(module) as found:
+        with preserve_state(module) as guard:
             if not is_solo(module):  # a layer of solo-learn has no gradient in eval mode
                 module.eval()
-            released = release(module, self._host.momentum_modules())
+            gradients = momentum_gradients(module, self._host.momentum_modules())
 
             def loss(moved: list[Tensor]) -> Tensor:
-                with released:
+                with gradients:
                     output = own(with_views(batch, moved), *rest)
                 value = output["loss"] if isinstance(output, Mapping) else output
                 assert isinstance(value, Tensor)
                 return value
 
-            moved = adversarial_views(loss, views, self._config, self._pixels, found.restore)
+            moved = adversarial_views(loss, views, self._config, self._pixels, guard.restore)
         return own(with_views(batch, moved), *rest)
 
 
 def _mirror_of(dataset: Any) -> Mirror:
-    return mirror(Opened(dataset, None).transform)
+    return mirror(RawDataset(dataset, None).transform)

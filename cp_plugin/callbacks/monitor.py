@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import logging
 import time
+from pathlib import Path
 from typing import Any
 
-from cp_plugin.adapters import adapt
-from cp_plugin.banks import Bank
-from cp_plugin.callbacks.base import Callback
-from cp_plugin.callbacks.feed import training_loader
-from cp_plugin.config import MonitorConfig, UserError, build
-from cp_plugin.data import Opened
-from cp_plugin.evaluate import KnnResult, knn
+from cp_plugin.callbacks.base import Callback, run_folder
+from cp_plugin.callbacks.loader_hooks import training_loader
+from cp_plugin.config.settings import MonitorConfig, UserError, build
+from cp_plugin.data import RawDataset
+from cp_plugin.evaluation.banks import Bank
+from cp_plugin.evaluation.metrics import KnnResult, knn
+from cp_plugin.hosts import adapt
 from cp_plugin.mirror import mirror
+
+log = logging.getLogger("cp_plugin")
 
 
 class KNNMonitor(Callback):
     """Log the accuracy of a kNN on frozen features, on the clean and on the poisoned bank.
 
     The bank is the training set and the queries are the validation set, both without augmentation.
-    With a poison in the run (`CraftPoison`, `InjectPoison`) the bank is used twice: untouched, and
+    With a poison in the run (`CraftPoison`, `InjectPoison`) the bank is used twice: clean, and
     as the victim has it. Logged as `knn_clean_bank` and `knn_poisoned_bank`, in percent.
     """
 
@@ -33,7 +38,7 @@ class KNNMonitor(Callback):
             query: labelled data set; None: the validation set.
             encoder: dotted name of the network whose output is the representation; None: the
                 first under the usual names (`backbone`, `encoder`, …).
-            settings: those of `cp_plugin.config.MonitorConfig`, by name.
+            settings: those of `cp_plugin.config.settings.MonitorConfig`, by name.
 
         Raises:
             UserError: an unknown setting or a value out of range.
@@ -53,7 +58,7 @@ class KNNMonitor(Callback):
         """
         bank, query = self._datasets
         bank = training_loader(trainer).dataset if bank is None else bank
-        bank = bank.dataset if isinstance(bank, Opened) else bank
+        bank = bank.dataset if isinstance(bank, RawDataset) else bank
         if query is None:
             loader = trainer.val_dataloaders
             if loader is None:
@@ -62,12 +67,12 @@ class KNNMonitor(Callback):
                     "pass query=… (data.val_path=… in a configuration) or leave the monitor out."
                 )
             query = loader.dataset
-        pipeline = Opened(bank, None).transform
-        twin = mirror(pipeline).to(pl_module.device)
+        pipeline = RawDataset(bank, None).transform
+        view_mirror = mirror(pipeline).to(pl_module.device)
         poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
         self._poison = poisons[0] if poisons else None
-        size = twin.crop_size
-        self._normalize = twin.normalize
+        size = view_mirror.crop_size
+        self._normalize = view_mirror.normalize
         self._bank, self._query = Bank.clean(bank, size), Bank.clean(query, size)
         self._host = adapt(
             pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
@@ -118,3 +123,44 @@ class KNNMonitor(Callback):
             self.config.temperature,
             index=self.config.index,
         )
+
+
+JOURNAL_FILE = "knn.csv"
+
+
+BANKS = {"knn_clean_bank": "clean bank", "knn_poisoned_bank": "poisoned bank"}
+
+
+class Journal(Callback):
+    """Write each evaluation of a monitor down as it comes; stands after the monitor."""
+
+    def __init__(self, monitor: KNNMonitor, folder: str | Path | None = None) -> None:
+        """Take the monitor, and a folder in place of the run's."""
+        super().__init__()
+        self._monitor, self._folder = monitor, folder
+        self._written = 0
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what is new."""
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what is new."""
+        self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
+        new = self._monitor.results[self._written :]
+        self._written += len(new)
+        if not new or not trainer.is_global_zero:
+            return
+        path = Path(self._folder or run_folder(trainer)) / JOURNAL_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists()
+        with path.open("a", newline="", encoding="utf8") as file:
+            writer = csv.DictWriter(file, new[0])
+            if fresh:
+                writer.writeheader()
+            writer.writerows(new)
+        for row in new:
+            found = [f"{text} {row[name]:.1f} %" for name, text in BANKS.items() if name in row]
+            log.info("step %d: kNN (k=%d) %s", row["step"], row["k"], ", ".join(found))

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.poison import read, write_atomically
+from cp_plugin.attack.poison_file import read, write_atomically
+from cp_plugin.config.settings import UserError
 
 KEPT = 2
 """A crash while writing leaves the snapshot of the checkpoint before."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.adapters.lightly import LightningHost
-from cp_plugin.adapters.supervised import AdversarialHost, SupervisedHost
-from cp_plugin.attack import Schedule
-from cp_plugin.baseline_config import ErrorMinConfig, TapConfig
+from cp_plugin.attack.crafting import Crafting
+from cp_plugin.attack.loop import Schedule
 from cp_plugin.callbacks.craft import CraftPoison
-from cp_plugin.callbacks.feed import training_loader
-from cp_plugin.config import AlternationConfig, CraftConfig, UserError, build
-from cp_plugin.crafting import Crafting
-from cp_plugin.data import Opened, class_names, labels
+from cp_plugin.callbacks.loader_hooks import training_loader
+from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
+from cp_plugin.config.settings import AlternationConfig, CraftConfig, UserError, build
+from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.supervised import AdversarialHost, SupervisedHost
 
 log = logging.getLogger("cp_plugin")
 
@@ -44,20 +44,20 @@ class CraftErrorMin(CraftPoison):
     crafting_class: type[Crafting] = _ErrorMinCrafting
     host_class: type[SupervisedHost] = SupervisedHost
 
-    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
         """Return the surrogate as a supervised host.
 
         Raises:
             UserError: the data set has no labels.
         """
-        known = labels(opened.dataset)
+        known = labels(raw.dataset)
         if known is None or not bool((known >= 0).any()):
             raise UserError(
                 f"a poison made on a supervised surrogate ({self.crafting_class.kind}) needs "
                 "labelled images and this data set has no labels; use labelled data or +poison=cp."
             )
         context = trainer.precision_plugin.train_step_context
-        return self.host_class(pl_module, opened.with_views, (), context)
+        return self.host_class(pl_module, raw.with_views, (), context)
 
 
 class CraftTap(CraftErrorMin):
@@ -76,7 +76,7 @@ class CraftTap(CraftErrorMin):
         """Take the settings.
 
         Args:
-            settings: those of `cp_plugin.baseline_config.TapConfig`, by name.
+            settings: those of `cp_plugin.config.baselines.TapConfig`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
@@ -89,7 +89,7 @@ class CraftTap(CraftErrorMin):
         """Let training end where it would."""
         self._trainer = trainer
 
-    def adapted(self, trainer: Any, pl_module: Any, opened: Opened) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
         """Return the surrogate as a host whose loss misleads it.
 
         Raises:
@@ -99,10 +99,10 @@ class CraftTap(CraftErrorMin):
             raise UserError(
                 f"tap is crafted by one process, got {trainer.world_size}; set devices=1."
             )
-        host = super().adapted(trainer, pl_module, opened)
+        host = super().adapted(trainer, pl_module, raw)
         assert isinstance(host, AdversarialHost)
         if self._chosen.targeted:
-            host.target_classes = _count_classes(opened.dataset)
+            host.target_classes = _count_classes(raw.dataset)
         return host
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:

@@ -1,25 +1,26 @@
-"""Images as the hosts hold them: keys, labels, data sets opened before their augmentation.
+"""Images as the hosts hold them: data sets read before their augmentation, keys, labels, batches.
 
-`images` (keys, canonical form), `chain` (the data sets inside a data set), `labelled` (labels and
-class names), `opened` (the host's transform taken off), `poisoned` (a poison added before it),
-`held` (added once, where images are in memory), `photos` (the embedded photographs), `sources`
+`image` (canonical form, keys), `wrappers` (the data sets inside a data set), `labels` (labels and
+class names), `raw` (the host's transform taken off), `slots` (where views stand in a sample),
+`transformed` (images changed before the transform), `in_memory` (changed once), `batch`, `loading`,
+`subset`, `pipelines` (what makes several views), `photos` (the embedded photographs), `datasets`
 (`data.dataset` by name).
 """
 
-from cp_plugin.data.images import Canonical, image_key
-from cp_plugin.data.labelled import class_names, labels
-from cp_plugin.data.opened import Item, Opened, SampleError
+from cp_plugin.data.datasets import FlatFolder, load
+from cp_plugin.data.image import Canonical, image_key
+from cp_plugin.data.labels import class_names, labels
 from cp_plugin.data.photos import Photos
-from cp_plugin.data.poisoned import Poisoned
-from cp_plugin.data.sources import FlatFolder, load
+from cp_plugin.data.raw import Item, RawDataset, SampleError
+from cp_plugin.data.transformed import PreTransformDataset
 
 __all__ = [
     "Canonical",
     "FlatFolder",
     "Item",
-    "Opened",
     "Photos",
-    "Poisoned",
+    "PreTransformDataset",
+    "RawDataset",
     "SampleError",
     "class_names",
     "image_key",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.data import Opened, Poisoned, SampleError, chain
-from cp_plugin.defence_config import MatrixCompletionConfig
+from cp_plugin.config.defences import MatrixCompletionConfig
+from cp_plugin.data import PreTransformDataset, RawDataset, SampleError, wrappers
 from cp_plugin.defences.lowrank import complete
 
 log = logging.getLogger("cp_plugin")
@@ -71,7 +71,7 @@ def completions_of(
 
 
 class Completions:
-    """The completions of a data set's images; what `cp_plugin.data.Poisoned` calls in workers."""
+    """The completions of a data set's images; what `PreTransformDataset` calls in workers."""
 
     def __init__(
         self,
@@ -150,10 +150,10 @@ def _stacked(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
 
 
 def _images(dataset: Any, image_size: int | None) -> Iterator[tuple[int, Tensor]]:
-    if chain.transforms_of(dataset):
-        opened = Opened(dataset, image_size)
-        for row in range(len(opened)):
-            item = opened[row]
+    if wrappers.transforms_of(dataset):
+        raw = RawDataset(dataset, image_size)
+        for row in range(len(raw)):
+            item = raw[row]
             yield item.key, item.image
         return
     found: list[tuple[int, Tensor]] = []
@@ -162,7 +162,7 @@ def _images(dataset: Any, image_size: int | None) -> Iterator[tuple[int, Tensor]
         found.append((key, image_CHW))
         return image_CHW
 
-    plain = Poisoned(dataset, note, image_size)
+    plain = PreTransformDataset(dataset, note, image_size)
     for row in range(len(plain)):
         plain[row]
         yield found.pop()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from cp_plugin.config import UserError
-from cp_plugin.data import Poisoned
-from cp_plugin.defence_config import MatrixCompletionConfig, SmoothingConfig, defence_settings
+from cp_plugin.config.defences import MatrixCompletionConfig, SmoothingConfig, defence_settings
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import PreTransformDataset
 from cp_plugin.defences.completion import Completions
 
 IMAGE_DEFENCES = (MatrixCompletionConfig, SmoothingConfig)
@@ -55,7 +55,7 @@ class Smoothing(nn.Module):
 
 
 class _Smoothed:
-    """Smooths images of a data set; what `cp_plugin.data.Poisoned` calls."""
+    """Smooths images of a data set; what `cp_plugin.data.PreTransformDataset` calls."""
 
     def __init__(self, config: SmoothingConfig) -> None:
         self._smoothing = Smoothing(config.kind, config.size, config.sigma)
@@ -77,7 +77,7 @@ def defended(
     device: torch.device | str = "cpu",
     seed: int = 0,
     **settings: Any,
-) -> Poisoned:
+) -> PreTransformDataset:
     """Return a data set whose images are defended before its own transform.
 
     Args:
@@ -86,7 +86,7 @@ def defended(
         image_size: side in pixels that images are brought to; None keeps their own.
         device: where completions are computed.
         seed: of the pixels that are dropped.
-        settings: those of the defence, by name, see `cp_plugin.defence_config`.
+        settings: those of the defence, by name, see `cp_plugin.config.defences`.
 
     Raises:
         UserError: another name, an unknown setting, or images that cannot be read.
@@ -109,10 +109,12 @@ def with_images_changed(
     image_size: int | None,
     device: torch.device | str,
     seed: int,
-) -> tuple[Poisoned, dict[str, float]]:
+) -> tuple[PreTransformDataset, dict[str, float]]:
     """Do what `defended` does, with checked settings; return what it took as well."""
     if isinstance(config, SmoothingConfig):
         smoothed = _Smoothed(config)
-        return Poisoned(dataset, smoothed, image_size, smoothed.many), {}
+        return PreTransformDataset(dataset, smoothed, image_size, smoothed.many), {}
     made = Completions(dataset, config, image_size, device, seed)
-    return Poisoned(dataset, made, image_size), {"completion_seconds": round(made.seconds, 2)}
+    return PreTransformDataset(dataset, made, image_size), {
+        "completion_seconds": round(made.seconds, 2)
+    }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
 
 THRESHOLD = 0.12
 """Singular values that a step removes, in units of the image's Frobenius norm: sets the pace."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cp_plugin.config import UserError
-from cp_plugin.defence_config import CutmixConfig, MixupConfig
+from cp_plugin.config.defences import CutmixConfig, MixupConfig
+from cp_plugin.config.settings import UserError
 
 
 class Mixing:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cp_plugin.config import UserError
-from cp_plugin.defence_config import DpSgdConfig
+from cp_plugin.config.defences import DpSgdConfig
+from cp_plugin.config.settings import UserError
 
 FEWEST = 16
 """Images a batch on average; with fewer, Poisson sampling may draw none."""

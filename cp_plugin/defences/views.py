@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cp_plugin.defence_config import AdversarialConfig, CutoutConfig, NoiseConfig
+from cp_plugin.config.defences import AdversarialConfig, CutoutConfig, NoiseConfig
 
 Loss = Callable[[list[Tensor]], Tensor]
 """From views to a scalar."""

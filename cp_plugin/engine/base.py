@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from cp_plugin.defences.privacy import with_group_norm
+from cp_plugin.engine.backbones import feature_width, surrogate
 from cp_plugin.engine.optimisation import build_optimizer, build_scheduler
 from cp_plugin.engine.settings import plain
-from cp_plugin.surrogates import feature_width, surrogate
 
 
 class Method(LightningModule):

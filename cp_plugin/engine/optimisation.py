@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
 from cp_plugin.engine.settings import plain
 
 _TORCH_OPTIMIZERS: dict[str, type[Optimizer]] = {

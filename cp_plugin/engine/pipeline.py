@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Node = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
 
 MOMENTUM_METHODS = ("mocov2plus", "byol")
 LABELLED_METHODS = ("supervised", "supcon")

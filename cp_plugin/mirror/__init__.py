@@ -1,14 +1,17 @@
-"""The differentiable twin of a host's augmentation pipeline.
+"""The differentiable counterpart of a host's augmentation pipeline.
 
 `mirror(pipeline)` reads a torchvision, solo-learn or Lightly pipeline and returns a module that
 maps images (B, C, H, W) in [0, 1] to the list of its views, with gradients.
 """
 
-import cp_plugin.mirror.twins_hosts
-import cp_plugin.mirror.twins_rare
-import cp_plugin.mirror.twins_torchvision  # noqa: F401  (each registers its twins)
-from cp_plugin.mirror.operation import Operation, Params, Shape
+import cp_plugin.mirror.from_hosts
+import cp_plugin.mirror.from_torchvision
+import cp_plugin.mirror.from_torchvision_rare  # noqa: F401  (each registers its ops)
+from cp_plugin.mirror.base import Operation, Params, Shape
 from cp_plugin.mirror.pipeline import Mirror, mirror
-from cp_plugin.mirror.translate import register_twin
+from cp_plugin.mirror.registry import register_op
 
-__all__ = ["Mirror", "Operation", "Params", "Shape", "mirror", "register_twin"]
+register_twin = register_op
+"""The name of `register_op` in version 0.1."""
+
+__all__ = ["Mirror", "Operation", "Params", "Shape", "mirror", "register_op", "register_twin"]

@@ -12,8 +12,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.mirror.operation import Operation, Params, Shape, uniform
+from cp_plugin.config.settings import UserError
+from cp_plugin.mirror.base import Operation, Params, Shape, uniform
 from cp_plugin.mirror.processor import compiled, serves
 from cp_plugin.mirror.resample import separable
 

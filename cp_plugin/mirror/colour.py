@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.mirror.operation import Operation, Params, Shape, Stage, chance
+from cp_plugin.config.settings import UserError
+from cp_plugin.mirror.base import ImageFormat, Operation, Params, Shape, chance
 
 GREY_PILLOW = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in Pillow's mode `L` (ITU-R 601-2)."""
@@ -17,9 +17,9 @@ GREY_TENSOR = (0.2989, 0.587, 0.114)
 """The same in torchvision's functions for tensors."""
 
 
-def grey_weights(stage: Stage) -> Tensor:
+def grey_weights(format: ImageFormat) -> Tensor:
     """Return the host's grey weights (3,) in float64."""
-    weights = GREY_PILLOW if stage is Stage.PILLOW else GREY_TENSOR
+    weights = GREY_PILLOW if format is ImageFormat.PILLOW else GREY_TENSOR
     return torch.tensor(weights, dtype=torch.float64)
 
 
@@ -46,10 +46,12 @@ class RandomGrayscale(Operation):
     needs_colour: ClassVar[bool] = True
     commutes_with_flips: bool = True
 
-    def __init__(self, p: float, stage: Stage = Stage.PILLOW, name: str | None = None) -> None:
+    def __init__(
+        self, p: float, format: ImageFormat = ImageFormat.PILLOW, name: str | None = None
+    ) -> None:
         super().__init__(name)
         self.p = p
-        self.stage = stage
+        self.format = format
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `applied` (B,)."""
@@ -57,7 +59,7 @@ class RandomGrayscale(Operation):
 
     def prepare(self, applied: Tensor) -> Params:
         """Turn the choice into the `matrix` (B, 3, 3) that `apply` multiplies with."""
-        grey = grey_weights(self.stage).expand(3, 3)
+        grey = grey_weights(self.format).expand(3, 3)
         keep = torch.eye(3, dtype=torch.float64)
         return {"applied": applied, "matrix": torch.where(applied[:, None, None], grey, keep)}
 

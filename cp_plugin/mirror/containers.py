@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.mirror.operation import Operation, Params, Shape, chance
+from cp_plugin.config.settings import UserError
+from cp_plugin.mirror.base import Operation, Params, Shape, chance
 
 
 class Identity(Operation):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cp_plugin.mirror.base import Operation, Params, Shape, chance, uniform, whole
 from cp_plugin.mirror.geometry import ATTEMPTS
-from cp_plugin.mirror.operation import Operation, Params, Shape, chance, uniform, whole
 
 
 class RandomErasing(Operation):

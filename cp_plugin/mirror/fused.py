@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cp_plugin.mirror import hue
-from cp_plugin.mirror.kinds import CONTRAST, HUE, SATURATION
+from cp_plugin.mirror.jitter import CONTRAST, HUE, SATURATION
 from cp_plugin.mirror.processor import in_threads
 
 Array = NDArray[Any]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cp_plugin.config import UserError
-from cp_plugin.mirror.operation import Operation, Params, Shape, Stage, chance, uniform, whole
+from cp_plugin.config.settings import UserError
+from cp_plugin.mirror.base import ImageFormat, Operation, Params, Shape, chance, uniform, whole
 from cp_plugin.mirror.resample import OVERSHOOTING, resize_weights, separable
 
 ATTEMPTS = 10
@@ -28,7 +28,7 @@ class RandomResizedCrop(Operation):
         scale: Sequence[float],
         ratio: Sequence[float],
         filter_name: str = "bilinear",
-        stage: Stage = Stage.PILLOW,
+        format: ImageFormat = ImageFormat.PILLOW,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -36,7 +36,7 @@ class RandomResizedCrop(Operation):
         self.scale = (float(scale[0]), float(scale[1]))
         self.ratio = (float(ratio[0]), float(ratio[1]))
         self.filter_name = filter_name
-        self.stage = stage
+        self.format = format
         self.flip_horizontal = 0.0
         self.flip_vertical = 0.0
 
@@ -68,7 +68,7 @@ class RandomResizedCrop(Operation):
                 ),
             )
 
-        clamp = self.stage.rounds and self.filter_name in OVERSHOOTING
+        clamp = self.format.rounds and self.filter_name in OVERSHOOTING
         return separable(images, build, clamp)
 
 
@@ -116,14 +116,14 @@ class Resize(Operation):
         size: int | tuple[int, int] | None,
         max_size: int | None = None,
         filter_name: str = "bilinear",
-        stage: Stage = Stage.PILLOW,
+        format: ImageFormat = ImageFormat.PILLOW,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.size = size
         self.max_size = max_size
         self.filter_name = filter_name
-        self.stage = stage
+        self.format = format
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape after resizing."""
@@ -154,7 +154,7 @@ class Resize(Operation):
             )
 
         overshoots = self.filter_name in OVERSHOOTING
-        return separable(images, build, clamp=self.stage.rounds and overshoots)
+        return separable(images, build, clamp=self.format.rounds and overshoots)
 
 
 class CenterCrop(Operation):

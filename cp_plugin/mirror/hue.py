@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cp_plugin.mirror.operation import LEVEL
+from cp_plugin.mirror.base import LEVEL
 
 HALF = LEVEL / 2
 TINY, HUGE = 1e-30, 1e30

@@ -14,21 +14,22 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cp_plugin.mirror.colour import grey_weights
-from cp_plugin.mirror.hue import Analysis, rotate_hue, rotate_hue_backward
-from cp_plugin.mirror.kinds import CONTRAST, HUE, SATURATION
-from cp_plugin.mirror.operation import (
+from cp_plugin.mirror.base import (
     LEVEL,
+    ImageFormat,
     Operation,
     Params,
     Shape,
-    Stage,
     chance,
     portions,
     uniform,
 )
+from cp_plugin.mirror.colour import grey_weights
+from cp_plugin.mirror.hue import Analysis, rotate_hue, rotate_hue_backward
 from cp_plugin.mirror.processor import compiled, serves
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""Numbers of a ColorJitter's operations."""
 Range = tuple[float, float] | None
 Tape = list[Tensor | Analysis]
 
@@ -49,13 +50,13 @@ class ColorJitter(Operation):
         saturation: Range,
         hue: Range,
         p: float = 1.0,
-        stage: Stage = Stage.PILLOW,
+        format: ImageFormat = ImageFormat.PILLOW,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.ranges = (brightness, contrast, saturation, hue)
         self.p = p
-        self.stage = stage
+        self.format = format
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `factors` (B, 4), `order` (B, 4) and `applied` (B,).
@@ -83,7 +84,7 @@ class ColorJitter(Operation):
         forth = torch.where(applied, before_hue, -1).argsort(descending=True)
         sorted_before = before_hue[forth][: int(applied.sum())]
         kinds = place[:, affine].argsort(1)[forth]
-        params = _affine_steps(torch.tensor(affine)[kinds], factors[forth], self.stage)
+        params = _affine_steps(torch.tensor(affine)[kinds], factors[forth], self.format)
         carried_out = applied[:, None] & torch.isin(order, torch.tensor(active))
         return {
             "factors": factors,
@@ -92,13 +93,13 @@ class ColorJitter(Operation):
             "forth": forth,
             "back": forth.argsort(),
             "ends": [int((sorted_before >= steps).sum()) for steps in range(len(affine) + 1)],
-            "shift": _hue_shift(factors[forth, HUE], self.stage)[:, None, None],
+            "shift": _hue_shift(factors[forth, HUE], self.format)[:, None, None],
             "steps": torch.where(carried_out, order, -1),
-            "amounts": _amounts(factors, self.stage),
+            "amounts": _amounts(factors, self.format),
             "has_hue": HUE in active,
             "has_contrast": CONTRAST in active,
-            "quantised": self.stage is Stage.PILLOW,
-            "grey": grey_weights(self.stage),
+            "quantised": self.format is ImageFormat.PILLOW,
+            "grey": grey_weights(self.format),
             **params,
         }
 
@@ -119,34 +120,34 @@ def like(params: Params, dtype: torch.dtype) -> Params:
     }
 
 
-def _affine_steps(kinds: Tensor, factors: Tensor, stage: Stage) -> Params:
+def _affine_steps(kinds: Tensor, factors: Tensor, format: ImageFormat) -> Params:
     """Make matrix, weight of the mean grey and bias of every step, for kinds (B, steps)."""
     factor = factors.gather(1, kinds).T
     rest = 1 - factor
     eye = torch.eye(3, dtype=factors.dtype)
-    grey = grey_weights(stage).expand(3, 3)
+    grey = grey_weights(format).expand(3, 3)
     saturation = torch.where(kinds.T == SATURATION, rest, 0.0)
     return {
         "matrix": factor[..., None, None] * eye + saturation[..., None, None] * grey,
         "mean_weight": torch.where(kinds.T == CONTRAST, rest, 0.0),
-        "bias": _bias(factor, stage),
+        "bias": _bias(factor, format),
     }
 
 
-def _bias(factor: Tensor, stage: Stage) -> Tensor:
-    return -0.5 * LEVEL * (factor != 1) if stage.rounds else torch.zeros_like(factor)
+def _bias(factor: Tensor, format: ImageFormat) -> Tensor:
+    return -0.5 * LEVEL * (factor != 1) if format.rounds else torch.zeros_like(factor)
 
 
-def _hue_shift(factor: Tensor, stage: Stage) -> Tensor:
+def _hue_shift(factor: Tensor, format: ImageFormat) -> Tensor:
     """Pillow: the whole steps that torchvision adds to the hue byte; tensors: turns."""
-    return (factor * 255).trunc().remainder(256) if stage is Stage.PILLOW else factor
+    return (factor * 255).trunc().remainder(256) if format is ImageFormat.PILLOW else factor
 
 
-def _amounts(factors: Tensor, stage: Stage) -> Tensor:
+def _amounts(factors: Tensor, format: ImageFormat) -> Tensor:
     """Return (2, B, 4): factor and bias of every kind; of hue its shift."""
     shifted = factors.clone()
-    shifted[:, HUE] = _hue_shift(factors[:, HUE], stage)
-    return torch.stack([shifted, _bias(factors, stage)])
+    shifted[:, HUE] = _hue_shift(factors[:, HUE], format)
+    return torch.stack([shifted, _bias(factors, format)])
 
 
 class _FusedJitter(torch.autograd.Function):

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_plugin.config import UserError
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.pipelines import view_pipelines
+from cp_plugin.mirror.base import Operation, Params, Shape, moved
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Sequence
 from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize
-from cp_plugin.mirror.nodes import node_views
-from cp_plugin.mirror.operation import Operation, Params, Shape, moved
-from cp_plugin.mirror.translate import Translator
-from cp_plugin.mirror.twins_hosts import view_hosts
+from cp_plugin.mirror.registry import Translator
 
 TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may be, for rounding."""
@@ -22,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Mirror(nn.Module):
-    """Differentiable twin of a host's augmentation pipeline.
+    """Differentiable counterpart of a host's augmentation pipeline.
 
     Calling it draws and applies; `sample` and `apply` are its two halves. It computes in float32,
     in float64 for float64 images, and ignores autocast; views have the dtype and memory format of
@@ -182,27 +181,22 @@ class Mirror(nn.Module):
         return first.name
 
 
-def mirror(pipeline: object, dataset: str | None = None) -> Mirror:
-    """Make the differentiable twin of a host's augmentation pipeline.
+def mirror(pipeline: object) -> Mirror:
+    """Make the differentiable counterpart of a host's augmentation pipeline.
 
     Args:
         pipeline: torchvision's `Compose` (v1 or v2) or one of its transforms, solo-learn's
             `FullTransformPipeline` or `NCropAugmentation`, Lightly's `MultiViewTransform` or one
-            of its transforms, a list of these, one a view; or solo-learn's YAML augmentation nodes.
-        dataset: for YAML nodes only: the data set whose mean and deviation solo-learn normalises
-            with. None, or one that it does not know: the node's `mean` and `std`, or ImageNet's.
+            of its transforms, or a list of these, one a view.
 
     Returns:
         A module that maps images (B, C, H, W) in [0, 1] to the list of views.
 
     Raises:
         UserError: a transform of an unknown class; the text names it and says how to register a
-            twin.
+            mirror of it.
     """
-    views = node_views(pipeline, dataset)
-    if views is not None:
-        return Mirror(views)
-    found = view_hosts(pipeline)
+    found = view_pipelines(pipeline)
     hosts = [pipeline] if found is None else found
     if not hosts:
         raise UserError(f"the mirror expected a pipeline with at least one view, got {pipeline!r}.")

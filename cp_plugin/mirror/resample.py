@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.mirror.operation import portions
+from cp_plugin.mirror.base import portions
 from cp_plugin.mirror.processor import compiled, serves
 
 SUPPORT = {

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cp_plugin.config.defences import MatrixCompletionConfig
 from cp_plugin.data import Photos
-from cp_plugin.defence_config import MatrixCompletionConfig
 from cp_plugin.defences.lowrank import OVERRELAXED, THRESHOLD, complete, soft_threshold
-from tests.bench.passport import interleaved, passport, write
+from tests.bench.provenance import interleaved, provenance, write
 
 BATCH = 256
 EPOCH = 50_000
@@ -99,7 +99,7 @@ def measure(repeats: int) -> dict[str, Any]:
         for name, times in whole.items()
     }
     return {
-        "passport": passport(["torch", "numpy"]),
+        "provenance": provenance(["torch", "numpy"]),
         "what": f"{BATCH} images of 32x32 pixels, half kept, shrinkage {shrinkage}, {steps} steps",
         "config": vars(config),
         "step_ms": step,

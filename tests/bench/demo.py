@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench.passport import passport, portable, write
+from tests.bench.provenance import portable, provenance, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 
@@ -15,7 +15,7 @@ def main(folders: list[str]) -> None:
     """Write the rows of all folders into one result file."""
     results = [json.loads((Path(folder) / "result.json").read_text()) for folder in folders]
     kept = {
-        "passport": passport(PACKAGES)
+        "provenance": provenance(PACKAGES)
         | {"command": portable(results[0]["command"]), "hardware": results[0]["hardware"]},
         "data": results[0]["data"],
         "seconds": [result["seconds"] for result in results],

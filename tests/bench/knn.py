@@ -29,18 +29,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from cp_plugin.adapters.lightly import LightningHost
-from cp_plugin.banks import Bank
-from cp_plugin.checkpoints import load_run
-from cp_plugin.config import MonitorConfig
+from cp_plugin.apps.evaluate_run import load_run
+from cp_plugin.config.settings import MonitorConfig
 from cp_plugin.data import load
 from cp_plugin.engine import build_pipeline
 from cp_plugin.engine.optimisation import build_optimizer
-from cp_plugin.evaluate import knn, vote
+from cp_plugin.evaluation.banks import Bank
+from cp_plugin.evaluation.knn_search import QUERY_BATCH, search
+from cp_plugin.evaluation.metrics import knn, vote
+from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import Mirror, mirror
-from cp_plugin.neighbours import QUERY_BATCH, search
-from cp_plugin.patching import patches
-from tests.bench.passport import interleaved, passport, write
+from cp_plugin.util.patching import patches
+from tests.bench.provenance import interleaved, provenance, write
 
 K, TEMPERATURE = 200, 0.07
 Sets = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -220,7 +220,7 @@ def measure(trained: Trained, repeats: int) -> dict[str, Any]:
     checked = knn(sets[0], sets[1], sets[2], truth, K, TEMPERATURE).accuracy
     assert checked == 100 * float((exact == truth).double().mean())
     return {
-        "passport": passport(["torch", "faiss-cpu", "lightly", "torchmetrics"]),
+        "provenance": provenance(["torch", "faiss-cpu", "lightly", "torchmetrics"]),
         "what": f"bank {tuple(sets[0].shape)}, queries {tuple(sets[2].shape)}, k {K}, "
         f"T {TEMPERATURE}, cosine",
         "monitor": monitor(trained, times, seconds, MonitorConfig().every_n_epochs),

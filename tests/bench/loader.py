@@ -21,13 +21,13 @@ from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from cp_plugin.callbacks.inject import inject
-from cp_plugin.data import Opened, Photos, Poisoned, chain
+from cp_plugin.attack.inject import inject
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.data import Photos, PreTransformDataset, RawDataset, wrappers
 from cp_plugin.data.photos import photograph
 from cp_plugin.mirror import mirror
-from cp_plugin.perturbation import Perturbation
-from cp_plugin.poison import Poison
-from tests.bench.passport import interleaved, passport, write
+from tests.bench.provenance import interleaved, provenance, write
 
 BATCH = 256
 BATCHES = 2
@@ -39,8 +39,8 @@ def measure(repeats: int) -> dict[str, Any]:
     transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
     photos = Photos(train=True, patches=-(-BATCH * BATCHES // 12), transform=transform)
     pillow = DataLoader(photos, batch_size=BATCH, drop_last=True)
-    opened = Opened(photos, 32)
-    raw = DataLoader(opened, batch_size=BATCH, drop_last=True, collate_fn=opened.collate)
+    raw = RawDataset(photos, 32)
+    raw = DataLoader(raw, batch_size=BATCH, drop_last=True, collate_fn=raw.collate)
     twin = mirror(transform)
     images = BATCH * len(pillow)
 
@@ -58,7 +58,7 @@ def measure(repeats: int) -> dict[str, Any]:
         rows += _injected("memory, 32 px", photos, 32, repeats)
         rows += _injected(f"JPEG files, {SIDE} px", files, SIDE, repeats)
     return {
-        "passport": passport(["torch", "torchvision", "lightly", "pillow"]),
+        "provenance": provenance(["torch", "torchvision", "lightly", "pillow"]),
         "what": "views of SimCLRTransform (32 px: no blur), batch 256 or 128 files, workers 0",
         "rows": rows,
     }
@@ -66,8 +66,8 @@ def measure(repeats: int) -> dict[str, Any]:
 
 def _injected(name: str, dataset: Any, side: int, repeats: int) -> list[dict[str, Any]]:
     """Return a row of the poisoned loader, and one of a loader of images poisoned before."""
-    opened = Opened(dataset, side)
-    keys = torch.tensor(sorted({opened[row].key for row in range(len(opened))}))
+    raw = RawDataset(dataset, side)
+    keys = torch.tensor(sorted({raw[row].key for row in range(len(raw))}))
     poison = Poison(Perturbation.uniform(len(keys), (3, side, side), 8 / 255), "sample", keys)
 
     def through(data: Any) -> Callable[[], None]:
@@ -91,9 +91,9 @@ def _injected(name: str, dataset: Any, side: int, repeats: int) -> list[dict[str
 class Replayed(Dataset[Any]):
     """Reads the clean image and gives the transform the poisoned one, made before."""
 
-    def __init__(self, injected: Poisoned) -> None:
+    def __init__(self, injected: PreTransformDataset) -> None:
         self.transform = injected.transform
-        self.clean = chain.with_transform(injected.dataset, lambda _: _nothing)
+        self.clean = wrappers.with_transform(injected.dataset, lambda _: _nothing)
         injected.transform = _same
         self.images = [injected[row][0] for row in range(len(injected))]
         injected.transform = self.transform

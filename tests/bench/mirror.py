@@ -21,10 +21,10 @@ from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode as Mode
 
 from cp_plugin.mirror import mirror
-from cp_plugin.mirror.operation import moved
+from cp_plugin.mirror.base import moved
 from tests.bench import pillow as oracle
 from tests.bench.accuracy import rows
-from tests.bench.passport import interleaved, passport, write
+from tests.bench.provenance import interleaved, provenance, write
 
 PACKAGES = ("torch", "torchvision", "pillow", "kornia", "lightly", "numpy")
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     warnings.simplefilter("ignore")
-    result: dict[str, Any] = {"passport": passport(PACKAGES)}
+    result: dict[str, Any] = {"provenance": provenance(PACKAGES)}
     result["speed"] = [
         speed("CIFAR, the paper's", 512 if DEVICE.type == "cuda" else 256, 32, repeats),
         speed("ImageNet SimCLR, solo-learn's", 32, 224, max(3, repeats // 3)),

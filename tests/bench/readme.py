@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cp_plugin.adapters.solo import NEIGHBOURS_ONLY, NOT_SERVED
-from tests.bench.passport import RESULTS, source
+from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
+from tests.bench.provenance import RESULTS, source
 from tests.bench.study_tables import augment, curves, reproduction, study
-from tests.solo_served import MOMENTUM, SERVED
+from tests.support.solo_served import MOMENTUM, SERVED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 Result = dict[str, Any]
@@ -45,11 +45,11 @@ def mirror(results: list[Result]) -> str:
         "| machine | pipeline | batch | mirror | kornia | times | processor | Pillow | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in {result["passport"]["hardware"]: result for result in results}.values():
+    for result in {result["provenance"]["hardware"]: result for result in results}.values():
         for row in result["speed"]:
             rate = row["images_per_second"]
             cells = (
-                result["passport"]["hardware"],
+                result["provenance"]["hardware"],
                 f"{row['pipeline']}, {row['size']} px",
                 row["batch"],
                 f"{rate['mirror']:,.0f}",
@@ -223,7 +223,7 @@ LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 def results_of(theme: str) -> list[Result]:
     """Read the results of a theme, oldest first."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{theme}_*.json"))]
-    return sorted(found, key=lambda result: str(result["passport"]["date"]))
+    return sorted(found, key=lambda result: str(result["provenance"]["date"]))
 
 
 def fill(text: str, theme: str, table: str) -> str:

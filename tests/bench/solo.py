@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cp_plugin.checkpoints import evaluate
-from cp_plugin.poison import Poison
-from tests.bench.passport import passport, write
+from cp_plugin.apps.evaluate_run import evaluate
+from cp_plugin.attack.poison_file import Poison
+from tests.bench.provenance import provenance, write
 
 ROOT = Path(os.environ.get("SOLO_LEARN_ROOT", Path.home() / "solo-learn"))
 CPU = (
@@ -155,8 +155,8 @@ def main() -> None:
     parser.add_argument("--what", default="CIFAR-10 (JPEG q75)", help="what the images are")
     given = parser.parse_args()
     work = given.work or Path(tempfile.mkdtemp())
-    result: dict[str, Any] = {"passport": passport(["torch", "lightning", "timm", "faiss-cpu"])}
-    result["passport"]["command"] = shlex.join(
+    result: dict[str, Any] = {"provenance": provenance(["torch", "lightning", "timm", "faiss-cpu"])}
+    result["provenance"]["command"] = shlex.join(
         ["python", "-m", "tests.bench.solo", "IMAGES", *sys.argv[2:]]
     )
     count = sum(1 for file in (given.images / "train").rglob("*") if file.is_file())

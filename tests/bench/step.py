@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.adapters.lightly import LightningHost
-from cp_plugin.attack import Attack, Rows
-from cp_plugin.config import CraftConfig
-from cp_plugin.data import Opened, Photos
+from cp_plugin.apps.hydra_app import compose
+from cp_plugin.attack.loop import Attack, Rows
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.config.settings import CraftConfig
+from cp_plugin.data import Photos, RawDataset
+from cp_plugin.data.batch import Batch
 from cp_plugin.engine import build_method, build_pipeline, complete
-from cp_plugin.host import Batch
-from cp_plugin.hydra_app import compose
+from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
-from cp_plugin.perturbation import Perturbation
-from tests.bench.passport import interleaved, passport, write
+from tests.bench.provenance import interleaved, provenance, write
 
 SIZE, EPS = 32, 8 / 255
 PHASE = 8
@@ -61,20 +61,20 @@ PRECISIONS: dict[str, Cast] = {
 }
 
 
-def batches(opened: Opened, size: int) -> Batch:
+def batches(raw: RawDataset, size: int) -> Batch:
     """Return the first images of the data set."""
-    step = max(1, len(opened) // size)
-    batch = opened.collate([opened[row] for row in range(0, size * step, step)])
+    step = max(1, len(raw) // size)
+    batch = raw.collate([raw[row] for row in range(0, size * step, step)])
     return batch._replace(images=batch.images.to(DEVICE))
 
 
 def noise_phase(
-    method: str, opened: Opened, rows: int, batch: Batch, cast: Cast
+    method: str, raw: RawDataset, rows: int, batch: Batch, cast: Cast
 ) -> tuple[Any, Callable[[], Any]]:
     """Return the module of a method, and a noise phase of it, always on the same batch."""
     cfg = complete(compose(method, ["~backbone.kwargs"]))
     module = build_method(cfg, SIZE).to(DEVICE)
-    host = LightningHost(module, opened.with_views, precision=cast)
+    host = LightningHost(module, raw.with_views, precision=cast)
     perturbation = Perturbation.uniform(rows, (3, SIZE, SIZE), EPS, "float16")
     own = Rows.of_samples(torch.ones(rows, dtype=torch.bool))
     config = CraftConfig(pgd_steps=1)
@@ -149,9 +149,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     cast, found = PRECISIONS[given.precision], []
     for method in METHODS:
         photos.transform = build_pipeline(complete(compose(method, ["~backbone.kwargs"])))
-        opened = Opened(photos, SIZE)
-        batch = batches(opened, given.batch)
-        module, phase = noise_phase(method, opened, len(photos), batch, cast)
+        raw = RawDataset(photos, SIZE)
+        batch = batches(raw, given.batch)
+        module, phase = noise_phase(method, raw, len(photos), batch, cast)
         runs = {"step": phase, "floor": floor(module, method, given.batch, cast)}
         if given.official is not None and method == "simclr":
             runs["official"] = official_step(given.official, len(photos), batch)
@@ -178,7 +178,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         )
         print(method, {name: round(value, 3) for name, value in seconds.items()})
     return {
-        "passport": passport(["torch", "torchvision", "timm", "lightly", "kornia", "numba"]),
+        "provenance": provenance(["torch", "torchvision", "timm", "lightly", "kornia", "numba"]),
         "what": f"ResNet-18, CIFAR stem, batch {given.batch}, {len(photos)} rows, sample-wise, "
         f"T 1, a step of a phase of {PHASE}, channels last",
         "precision": given.precision,

@@ -14,9 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cp_plugin.attack import Schedule
-from cp_plugin.poison import Poison
-from tests.bench.passport import passport, portable, write
+from cp_plugin.attack.loop import Schedule
+from cp_plugin.attack.poison_file import Poison
+from tests.bench.provenance import portable, provenance, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 KEPT = (
@@ -32,10 +32,10 @@ def main(folder: Path, ran_at: str | None = None) -> None:
     """Write settings, figures and curves of all cells into one result file."""
     result = json.loads((folder / "result.json").read_text())
     cells = {cell["name"]: cell for cell in result["cells"] if cell.get("status") == "finished"}
-    versions = passport(PACKAGES)
+    versions = provenance(PACKAGES)
     on_gpu = "threads" not in versions["hardware"]
     kept = {
-        "passport": versions
+        "provenance": versions
         | {"command": portable(result["command"]), "commit": ran_at or versions["commit"]},
         "name": result["name"],
         "settings": result["settings"],

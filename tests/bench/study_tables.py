@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cp_plugin.report.figures import mean_curve
-from cp_plugin.report.rows import NONE, Row, row_of
-from cp_plugin.report.tables import markdown, spread, tables
-from tests.bench.passport import source
+from cp_plugin.apps.report.figures import mean_curve
+from cp_plugin.apps.report.rows import NONE, Row, row_of
+from cp_plugin.apps.report.tables import markdown, spread, tables
+from tests.bench.provenance import source
 
 Result = dict[str, Any]
 STUDY_MEASURES = ("linear_clean", "knn_clean", "knn_poisoned", "knn_control")

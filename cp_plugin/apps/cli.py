@@ -1,0 +1,220 @@
+"""The command line: `cp-plugin demo | pretrain | evaluate | study | report | …`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from cp_plugin.config.settings import UserError, number
+
+app = typer.Typer(
+    help="Contrastive poisoning for self-supervised learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for everything the demo makes.")] = Path(
+        "cp-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the whole demo.")] = 0,
+) -> None:
+    """Craft CP-C and CP-S on embedded photographs, train victims, and show what the poisons did."""
+    from cp_plugin.apps.demo import demo as run_demo
+
+    run_demo(out, seed)
+
+
+@app.command(context_settings=PASS_ON)
+def pretrain(context: typer.Context) -> None:
+    """Train on the embedded engine, by Hydra: `--config-name simclr +poison=cp +monitor=knn`."""
+    from cp_plugin.apps.hydra_app import main as run_hydra
+
+    run_hydra(context.args)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    poison: Annotated[Path | None, typer.Option(help="Poison of the poisoned bank.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Another folder of images as bank.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Another folder of test images.")] = None,
+    k: Annotated[int | None, typer.Option(help="Neighbours.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    finetune: Annotated[
+        float | None, typer.Option(help="Fine-tune too, on this part of each class's labels.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Measure an encoder: kNN, linear probe, fine-tuning, on the clean and the poisoned bank."""
+    from cp_plugin.apps.evaluate_run import evaluate as measure
+    from cp_plugin.attack.poison_file import Poison
+
+    chosen = Poison.load(poison) if poison else None
+    rows = measure(checkpoint, chosen, k, temperature, data=data, test=test, finetune=finetune)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    tuned = [f"{finetune:.0%} fine-tuned, last", "best"] if finetune else []
+    named = ("bank", "kNN", "k", "T", "distance", "linear, last", "linear, best", *tuned, "images")
+    table = Table(*named)
+    for row in rows:
+        near, linear = row["knn"], row["linear"]
+        table.add_row(
+            row["bank"],
+            f"{near['accuracy']:.1f} %",
+            str(near["k"]),
+            str(near["temperature"]),
+            near["distance"],
+            f"{linear['last']:.1f} %",
+            f"{linear['best']:.1f} %",
+            *(f"{row['finetune'][which]:.1f} %" for which in ("last", "best") if finetune),
+            str(near["bank_size"]),
+        )
+    Console().print(table)
+
+
+@app.command()
+def export(
+    poison: Annotated[Path, typer.Argument(help="The poison file.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Clean images; default: the run's own data set.")
+    ] = None,
+) -> None:
+    """Write the poisoned images as an image folder of 8-bit PNG files."""
+    from cp_plugin.apps.export import export as write
+
+    print(f"{write(poison, out, data)} poisoned images in {out}")
+
+
+@app.command()
+def inspect(
+    poison: Annotated[Path, typer.Argument(help="The poison file.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to write; default: beside the poison.")
+    ] = None,
+) -> None:
+    """Show what a poison file holds, check its budget and draw it."""
+    from cp_plugin.apps.pictures import picture_of_rows
+    from cp_plugin.attack.poison_file import Poison, largest_change
+
+    found = Poison.load(poison)
+    table = Table("field", "value", show_header=False)
+    largest = largest_change(found)
+    shape = " x ".join(map(str, found.perturbation.shape))
+    facts: dict[str, Any] = {
+        "granularity": found.granularity,
+        "rows": f"{len(found.perturbation)} of {shape}, {found.perturbation.stored.dtype}",
+        "budget": f"eps {255 * found.eps:.2f}/255, largest change {255 * largest:.2f}/255: kept",
+        "classes": ", ".join(found.classes) if found.classes else "-",
+        **found.info,
+    }
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    table.add_row("picture", str(picture_of_rows(found, picture or poison.with_suffix(".png"))))
+    Console().print(table)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="The authors' .pth file.")],
+    out: Annotated[Path, typer.Argument(help="The poison file to write, .safetensors.")],
+    dataset: Annotated[str, typer.Option(help="As data.dataset.")] = "cifar10",
+    data: Annotated[Path | None, typer.Option(help="Where the data set is.")] = None,
+    eps: Annotated[str, typer.Option(help="Budget of the poison, in [0, 1].")] = "8/255",
+) -> None:
+    """Convert a poison of the authors' code (github.com/kaiwenzha/contrastive-poisoning)."""
+    from cp_plugin.apps.export import import_poison
+
+    try:
+        budget = number(eps)
+    except ValueError:
+        raise UserError(f"--eps must be a number such as 8/255, got {eps!r}.") from None
+    poison = import_poison(file, out, dataset, data, budget)
+    print(f"{len(poison.perturbation)} rows, one a {poison.granularity}, in {out}")
+
+
+@app.command(context_settings=PASS_ON)
+def study(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a study that comes along: photos.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; default: cp-study-NAME.")
+    ] = None,
+) -> None:
+    """Run a grid of poisons, victims and defences; the same command goes on where it was.
+
+    What follows is for Hydra, such as `hydra/launcher=joblib hydra.launcher.n_jobs=2`.
+    """
+    from cp_plugin.apps.study import study as run_study
+
+    result = run_study(config, out, context.args)
+    for name, reason in result["unfinished"].items():
+        print(f"cp-plugin: {name} has no result: {reason}", file=sys.stderr)
+    if result["unfinished"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a study, a demo, or any runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where the files go; default: there.")] = None,
+) -> None:
+    """Write one HTML page and a Markdown file: tables, curves, images, spectra, features."""
+    from cp_plugin.apps.report import report as write
+
+    for file in write(folder, out):
+        print(file)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, hosts, patches, faiss and device; what is missing and how to get it."""
+    from cp_plugin.apps.doctor import check, examine
+
+    findings = examine()
+    table = Table("", "found", "what to do")
+    for finding in findings:
+        table.add_row(*finding)
+    Console().print(table)
+    check(findings)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    _quiet()
+    try:
+        app()
+    except UserError as error:
+        sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
+        print(f"cp-plugin: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Show the project's own messages, and only such warnings as a user can act on."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    own = logging.getLogger("cp_plugin")
+    own.setLevel(logging.INFO)
+    own.handlers, own.propagate = [handler], False
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+if __name__ == "__main__":
+    main()

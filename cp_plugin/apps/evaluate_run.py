@@ -1,0 +1,195 @@
+"""Measuring a trained run, of the embedded engine or of solo-learn: checkpoint, data, poison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, training_images
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.callbacks.base import POISON_FILE
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import load
+from cp_plugin.engine import METHODS, build_pipeline
+from cp_plugin.engine.run import CHECKPOINT, CONFIG_FILE
+from cp_plugin.evaluation.banks import Bank
+from cp_plugin.evaluation.finetune import check_fraction
+from cp_plugin.evaluation.finetune import finetune as fine_tune
+from cp_plugin.evaluation.metrics import knn, linear_probe
+from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.mirror import mirror
+
+
+def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
+    """Return the trained module, on the CPU, and its configuration.
+
+    Args:
+        checkpoint: a `.ckpt` file of the embedded engine, or the folder of a run.
+
+    Raises:
+        UserError: it is missing, damaged, or was not made by the embedded engine.
+    """
+    path = checkpoint / f"{CHECKPOINT}.ckpt" if checkpoint.is_dir() else checkpoint
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = OmegaConf.create(saved["hyper_parameters"]["cfg"])
+        image_size = saved["hyper_parameters"]["image_size"]
+    except Exception as error:  # torch.load has no error class of its own for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is no checkpoint of the embedded engine, or it is damaged ({reason})."
+        ) from error
+    assert isinstance(cfg, DictConfig)
+    module = METHODS[cfg.method](cfg, image_size)
+    module.load_state_dict(saved["state_dict"])
+    return module.eval(), cfg
+
+
+def _trained(checkpoint: Path, folder: Path) -> tuple[LightningHost, Any, DictConfig]:
+    """Return encoder, augmentation pipeline and configuration of a run of either kind."""
+    if is_solo_run(folder):
+        return load_solo_run(checkpoint)
+    module, cfg = load_run(checkpoint)
+    return LightningHost(module, lambda sample, _: sample, ()), build_pipeline(cfg), cfg
+
+
+def poison_of(folder: Path) -> Poison | None:
+    """Return the poison that a run made or was trained on, None for a clean run."""
+    if (folder / POISON_FILE).is_file():
+        return Poison.load(folder / POISON_FILE)
+    config = folder / CONFIG_FILE
+    if is_solo_run(folder):
+        path = OmegaConf.select(configuration(folder), "poison.path")
+    else:
+        path = OmegaConf.select(OmegaConf.load(config), "poison.path") if config.is_file() else None
+    return Poison.load(path) if path else None
+
+
+def evaluate(
+    checkpoint: Path,
+    poison: Poison | None = None,
+    k: int | None = None,
+    temperature: float = 0.07,
+    probe: bool = True,
+    data: Path | None = None,
+    test: Path | None = None,
+    finetune: float | None = None,
+) -> list[dict[str, Any]]:
+    """Measure an encoder by kNN, linear probe and fine-tuning on the clean and the poisoned bank.
+
+    Args:
+        checkpoint: a checkpoint or the folder of a run, of the embedded engine or of solo-learn.
+        poison: of the poisoned bank; None: the run's own, if it has one.
+        k: neighbours; None: 200, or 20 where the bank has fewer than 5,000 images.
+        temperature: of the votes.
+        probe: fit linear probes too.
+        data: another folder of images as the bank; None: the run's training set.
+        test: another folder of images as queries; None: the run's test set.
+        finetune: also fine-tune the encoder on this part of each bank's labels, in (0, 1].
+
+    Returns:
+        One row a bank: `bank`, `knn`, `linear` and `finetune` with their settings, accuracies in
+        percent.
+
+    Raises:
+        UserError: checkpoint, data set or poison cannot be used.
+    """
+    if finetune is not None:
+        check_fraction(finetune)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    host, pipeline, cfg = _trained(checkpoint, folder)
+    sets = _sets(folder, pipeline, cfg, poison or poison_of(folder), data, test)
+    query_features = sets.query.features(host.encode, sets.normalize)
+    rows = []
+    for bank_name, bank in sets.banks.items():
+        found = bank.features(host.encode, sets.normalize)
+        features = (found, bank.labels, query_features, sets.query.labels)
+        row = {"bank": bank_name, "knn": asdict(knn(*features, k=k, temperature=temperature))}
+        if probe:
+            row["linear"] = asdict(linear_probe(*features, seed=cfg.seed))
+        if finetune is not None:
+            tuned = fine_tune(host.encoder(), sets.normalize, bank, sets.query, finetune, cfg.seed)
+            row["finetune"] = asdict(tuned)
+        rows.append(row)
+    return rows
+
+
+def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
+    """Measure a clean run's encoder on a poisoned bank at every checkpoint that the run kept.
+
+    Beside the curve of a victim of the poison this tells what training on it did, and what the
+    poisoned bank alone does to any encoder.
+
+    Args:
+        run: the folder of a run of the embedded engine; `checkpoint.keep_prev=true` keeps all
+            checkpoints, `checkpoint.frequency` epochs apart.
+        poison: of the poisoned bank.
+
+    Returns:
+        One row a checkpoint, in the order of training: `step` and `knn_control`, percent; none
+        where the run kept its last one only.
+
+    Raises:
+        UserError: checkpoint, data set or poison cannot be used.
+    """
+    files = {_step_of(file): file for file in sorted(run.glob("*.ckpt"))}
+    if len(files) < 2:
+        return []
+    _, pipeline, cfg = _trained(run, run)
+    sets = _sets(run, pipeline, cfg, poison, None, None)
+    bank, rows = sets.banks["poisoned"], []
+    for step, file in sorted(files.items()):
+        host = _trained(file, run)[0]
+        found, query = (one.features(host.encode, sets.normalize) for one in (bank, sets.query))
+        near = knn(found, bank.labels, query, sets.query.labels)
+        rows.append({"step": step, "knn_control": near.accuracy})
+    return rows
+
+
+class _Sets(NamedTuple):
+    """What an encoder is measured on."""
+
+    banks: dict[str, Bank]
+    query: Bank
+    normalize: Callable[[Tensor], Tensor]
+
+
+def _sets(
+    folder: Path,
+    pipeline: Any,
+    cfg: DictConfig,
+    poison: Poison | None,
+    data: Path | None,
+    test: Path | None,
+) -> _Sets:
+    source = cfg.data
+    name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
+    train, tests = load(name, path, test or source.val_path, source.no_labels)
+    if is_solo_run(folder) and data is None:
+        train = training_images(cfg)
+    if tests is None:
+        raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
+    view_mirror = mirror(pipeline)
+    clean, query = (
+        Bank.clean(train, view_mirror.crop_size),
+        Bank.clean(tests, view_mirror.crop_size),
+    )
+    banks = {"clean": clean}
+    if poison is not None:
+        poison.check_classes(clean.classes)
+        banks["poisoned"] = clean.poisoned(poison)
+    return _Sets(banks, query, view_mirror.normalize)
+
+
+def _step_of(file: Path) -> int:
+    """Return the optimiser steps that a checkpoint of the embedded engine was saved after."""
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return int(saved["global_step"])

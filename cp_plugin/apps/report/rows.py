@@ -1,0 +1,229 @@
+"""What a report is made of: the runs of a study, of a demo, or of any folder of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cp_plugin.apps.study.state import FINISHED, PLAN_FILE, read
+from cp_plugin.config.settings import UserError
+
+CONFIG_FILE, RUN_FILE, POISON_FILE = "config.yaml", "result.json", "poison.safetensors"
+NONE = "none"
+MEASURES = {
+    "linear_clean": "linear probe, clean bank",
+    "knn_clean": "kNN, clean bank",
+    "knn_poisoned": "kNN, poisoned bank",
+    "knn_control": "control: kNN of the clean encoder, poisoned bank",
+    "linear_poisoned": "linear probe, poisoned bank",
+    "linear_control": "control: linear probe of the clean encoder, poisoned bank",
+}
+"""In the order of the report; the first is the paper's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A clean run or a victim, measured."""
+
+    poison: str
+    surrogate: str | None
+    victim: str
+    backbone: str
+    defence: str
+    seed: int
+    folder: Path
+    """The run's own folder."""
+    poison_file: Path | None
+    """None where no file of it is left, or for a clean run."""
+    accuracies: Mapping[str, float]
+    """Percent, by the names in `MEASURES`."""
+    curve: tuple[Mapping[str, float], ...]
+    """The monitor's evaluations: step, `knn_clean_bank`, `knn_poisoned_bank`; in a study, those of
+    the clean run's checkpoints too: step, `knn_control`."""
+    facts: Mapping[str, Any]
+    """Steps, epochs, k, T and what else the run says of itself."""
+
+    @property
+    def label(self) -> str:
+        """The poison, and its surrogate where there is one."""
+        return f"{self.poison} ({self.surrogate})" if self.surrogate else self.poison
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a folder holds for a report."""
+
+    name: str
+    kind: str
+    """`study` or `runs`."""
+    rows: tuple[Row, ...]
+    unfinished: Mapping[str, str] = field(default_factory=dict)
+    """Cells of a study without a result, with the reason."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Hardware, versions, command."""
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """The folder of every finished run by its name, crafts too."""
+    total: int = 0
+    """Cells of the study, or runs."""
+
+
+def find(folder: Path) -> Found:
+    """Read the results in a folder.
+
+    Args:
+        folder: of a study, of a demo, or any with runs below it.
+
+    Raises:
+        UserError: there is no measured run in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give that of a study or of runs.")
+    found = _study(folder) if (folder / PLAN_FILE).is_file() else _runs(folder)
+    if not found.rows:
+        raise UserError(
+            f"{folder} has no finished run with a kNN or a linear probe; run `cp-plugin study`, or "
+            "`cp-plugin pretrain` with +monitor=knn."
+        )
+    return found
+
+
+def _study(folder: Path) -> Found:
+    study = read(folder / PLAN_FILE) or {}
+    planned = study["cells"]
+    states = {}
+    for cell in planned:
+        state = read(folder / "cells" / f"{cell['name']}.json") or {}
+        states[cell["name"]] = state if state.get("digest") == cell["digest"] else {}
+    finished = {name: one for name, one in states.items() if one.get("status") == FINISHED}
+    folders = {name: folder / one["folder"] for name, one in finished.items()}
+    rows = [row_of(one, folders, name) for name, one in finished.items() if one["kind"] != "craft"]
+    unfinished = {
+        name: str(one.get("reason", one.get("status", "not begun")))
+        for name, one in states.items()
+        if name not in finished
+    }
+    whole = read(folder / RUN_FILE) or {}
+    any_result: Mapping[str, Any] = next((one["result"] for one in finished.values()), {})
+    provenance = {
+        "command": whole.get("command", any_result.get("command")),
+        **{key: any_result.get(key) for key in ("hardware", "versions")},
+    }
+    name = str(study["settings"]["name"])
+    return Found(name, "study", tuple(rows), unfinished, provenance, folders, len(planned))
+
+
+def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> Row:
+    """Return the row of a finished cell of a study.
+
+    Args:
+        state: the content of its file.
+        folders: of the runs, by the names of their cells.
+        name: the cell's own among them.
+    """
+    banks = {row["bank"]: row for row in state["banks"]}
+    control = {row["bank"]: row for row in state.get("control", ())}
+    accuracies = {}
+    for bank, row in (
+        ("clean", banks.get("clean")),
+        ("poisoned", banks.get("poisoned")),
+        ("control", control.get("poisoned")),
+    ):
+        if row is not None:
+            accuracies[f"knn_{bank}"] = row["knn"]["accuracy"]
+            accuracies[f"linear_{bank}"] = row["linear"]["last"]
+    result = state["result"]
+    made_in = folders.get(state.get("needs", {}).get("poison", name), folders[name])
+    return Row(
+        **{key: state[key] for key in ("poison", "surrogate", "victim", "backbone", "defence")},
+        seed=state["seed"],
+        folder=folders[name],
+        poison_file=_existing(made_in / POISON_FILE),
+        accuracies=accuracies,
+        curve=(*(result.get("knn") or ()), *state.get("control_curve", ())),
+        facts={**_facts(result), **_settings_of(banks["clean"])},
+    )
+
+
+def _settings_of(bank: Mapping[str, Any]) -> dict[str, Any]:
+    near, linear = bank["knn"], bank.get("linear")
+    facts = {key: near[key] for key in ("k", "temperature", "distance", "bank_size")}
+    return facts | ({"probe_epochs": linear["epochs"], "probe_lr": linear["lr"]} if linear else {})
+
+
+def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = ("knn", "versions", "hardware", "command", "folder")
+    return {key: value for key, value in result.items() if key not in left_out}
+
+
+def _runs(folder: Path) -> Found:
+    """Read every run below a folder; a demo's own table brings the controls."""
+    rows: list[Row] = []
+    provenance: dict[str, Any] = {}
+    folders: dict[str, Path] = {}
+    controls = _controls_of_a_demo(folder)
+    for file in sorted(folder.rglob(RUN_FILE)):
+        result = read(file)
+        if result is None or not (file.parent / CONFIG_FILE).is_file():
+            continue
+        folders[str(file.parent.relative_to(folder))] = file.parent
+        if "knn" in result:
+            provenance = {key: result.get(key) for key in ("hardware", "versions", "command")}
+            rows.append(_run(file.parent, result, controls))
+    whole = read(folder / RUN_FILE) or {}
+    provenance["command"] = whole.get("command", provenance.get("command"))
+    rows.sort(key=lambda row: row.poison != NONE)
+    return Found(folder.resolve().name, "runs", tuple(rows), {}, provenance, folders, len(folders))
+
+
+def _run(folder: Path, result: Mapping[str, Any], controls: Mapping[str, float]) -> Row:
+    cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+    poison = _poison_name(cfg.get("poison") or {}, str(result["poison"]))
+    names = (("knn_clean", "knn_clean_bank"), ("knn_poisoned", "knn_poisoned_bank"))
+    accuracies = {ours: result[theirs] for ours, theirs in names if result.get(theirs) is not None}
+    if poison in controls:
+        accuracies["knn_control"] = controls[poison]
+    crafted = result.get("surrogate_steps") is not None
+    return Row(
+        poison=poison,
+        surrogate=str(result["surrogate"]) if crafted and result.get("surrogate") else None,
+        victim=str(result["method"]),
+        backbone=str(cfg["backbone"]["name"]).removeprefix("timm/"),
+        defence=str((cfg.get("defence") or {}).get("name", NONE)),
+        seed=int(result["seed"]),
+        folder=folder,
+        poison_file=_existing(folder / POISON_FILE) or _existing(_injected(cfg)),
+        accuracies=accuracies,
+        curve=tuple(result["knn"]),
+        facts={**_facts(result), "distance": "cosine"},
+    )
+
+
+def _poison_name(poison: Mapping[str, Any], name: str) -> str:
+    """Return what a poison file is called, or the poison that its run crafted."""
+    if name != "inject":
+        return name
+    file = Path(str(poison["path"]))
+    if file.name != POISON_FILE:
+        return file.stem
+    made = read(file.parent / RUN_FILE)
+    return str(made["poison"]) if made else file.parent.name
+
+
+def _injected(cfg: Mapping[str, Any]) -> Path | None:
+    path = (cfg.get("poison") or {}).get("path")
+    return Path(str(path)) if path else None
+
+
+def _existing(file: Path | None) -> Path | None:
+    return file if file is not None and file.is_file() else None
+
+
+def _controls_of_a_demo(folder: Path) -> dict[str, float]:
+    whole = read(folder / RUN_FILE) or {}
+    rows: Iterable[Mapping[str, Any]] = whole.get("rows", ())
+    key = "knn_poisoned_bank_clean_encoder"
+    return {str(row["poison"]): float(row[key]) for row in rows if row.get(key) is not None}

@@ -1,0 +1,208 @@
+"""From the settings of a study to its cells: every run that it needs, once each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+from cp_plugin.apps.hydra_app import compose
+from cp_plugin.apps.study.settings import NONE, Grid, Overrides, StudySettings
+from cp_plugin.config.settings import UserError
+
+Kind = Literal["craft", "clean", "victim"]
+SEEDS_PER_SEED = 1000
+"""Room for the seeds of surrogates beside those of victims, so that no two start alike."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the embedded engine, one job of a Hydra launcher."""
+
+    name: str
+    """Unique in its study; also the name of its files."""
+    kind: Kind
+    poison: str
+    surrogate: str | None
+    """The surrogate's method; None where the poison has none."""
+    victim: str | None
+    """The victim's method; None for a craft."""
+    backbone: str
+    defence: str
+    seed: int
+    config: str
+    """The configuration that is run, such as `simclr`."""
+    overrides: Overrides
+    """All but folders and the files of other cells."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Cells that must be finished before: `poison` (the craft), `clean` (for the control)."""
+    digest: str = ""
+    """Changes with every setting of the cell and of the cells it needs."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the cell as JSON has it."""
+        return asdict(self)
+
+
+def plan(study: StudySettings) -> dict[str, Cell]:
+    """Return all cells by name, those that others need first."""
+    cells: dict[str, Cell] = {}
+    for grid in study.grid:
+        axes = (grid.seeds, grid.defences, grid.backbones, grid.victims, grid.poisons)
+        for seed, defence, backbone, victim, poison in product(*axes):
+            for surrogate in _surrogates(study, grid, poison):
+                made = list(_crafts(study, grid.backbones[0], poison, surrogate, seed))
+                clean = _victim(study, NONE, None, victim, backbone, defence, seed, {})
+                needs = {"clean": clean.name} if poison != NONE else {}
+                needs |= {"poison": made[-1].name} if made else {}
+                last = _victim(study, poison, surrogate, victim, backbone, defence, seed, needs)
+                cells |= {cell.name: cell for cell in (*made, clean, last)}
+    levels = _levels(cells)
+    ordered = sorted(cells.values(), key=lambda cell: levels[cell.name])
+    return _with_digests({cell.name: cell for cell in ordered})
+
+
+def by_level(cells: Mapping[str, Cell]) -> list[list[Cell]]:
+    """Return the cells in groups; a group needs only cells of the groups before it."""
+    levels = _levels(cells)
+    groups: list[list[Cell]] = [[] for _ in range(max(levels.values()) + 1)]
+    for cell in cells.values():
+        groups[levels[cell.name]].append(cell)
+    return groups
+
+
+def check(cells: Mapping[str, Cell]) -> None:
+    """Compose and check every configuration that differs by more than its seed.
+
+    Raises:
+        UserError: unknown names, missing keys or values out of range, with the cell's name.
+    """
+    from cp_plugin.engine.run import check as check_run
+
+    seen = set()
+    for cell in cells.values():
+        overrides = [one for one in cell.overrides if not one.startswith("seed=")]
+        if (cell.config, *overrides) in seen:
+            continue
+        seen.add((cell.config, *overrides))
+        try:
+            check_run(compose(cell.config, [*cell.overrides, *_placeholders(cell)]))
+        except UserError as error:
+            raise UserError(f"in the study's cell {cell.name}: {error}") from error
+
+
+def _surrogates(study: StudySettings, grid: Grid, poison: str) -> tuple[str | None, ...]:
+    settings = study.poisons[poison]
+    if settings.sampled:
+        return (None,)
+    return (settings.surrogate,) if settings.surrogate else grid.surrogates
+
+
+def _crafts(
+    study: StudySettings, backbone: str, poison: str, surrogate: str | None, seed: int
+) -> Iterator[Cell]:
+    """Yield the crafts of a poison, and before them those of the poison that it starts from."""
+    settings = study.poisons[poison]
+    if surrogate is None:
+        return
+    previous = None
+    if settings.init:
+        for cell in _crafts(study, backbone, settings.init, surrogate, seed):
+            yield cell
+            previous = cell.name
+    for number in range(1, settings.num_surrogates + 1):
+        name = f"craft-{poison}-{surrogate}-{backbone}-{seed}"
+        if settings.num_surrogates > 1:
+            name += f"-{number}"
+        yield Cell(
+            name,
+            "craft",
+            poison,
+            surrogate,
+            None,
+            backbone,
+            NONE,
+            seed,
+            surrogate,
+            (
+                *study.base,
+                *study.backbones[backbone],
+                *study.methods.get(surrogate, ()),
+                f"seed={SEEDS_PER_SEED * (seed + 1) + number}",
+                *settings.settings,
+            ),
+            {"poison": previous} if previous else {},
+        )
+        previous = name
+
+
+def _victim(
+    study: StudySettings,
+    poison: str,
+    surrogate: str | None,
+    victim: str,
+    backbone: str,
+    defence: str,
+    seed: int,
+    needs: Mapping[str, str],
+) -> Cell:
+    kind: Kind = "clean" if poison == NONE else "victim"
+    parts = [kind, victim, backbone, poison, surrogate or "", defence, str(seed)]
+    parts = [part for part in parts if part and (part != NONE or kind != "clean")]
+    sampled = study.poisons[poison].settings
+    return Cell(
+        "-".join(parts),
+        kind,
+        poison,
+        surrogate,
+        victim,
+        backbone,
+        defence,
+        seed,
+        victim,
+        (
+            *study.base,
+            *study.backbones[backbone],
+            *study.methods.get(victim, ()),
+            *study.victim,
+            *study.defences[defence],
+            f"seed={seed}",
+            *(("+poison=inject",) if surrogate else sampled),
+        ),
+        needs,
+    )
+
+
+def _placeholders(cell: Cell) -> list[str]:
+    if "poison" not in cell.needs:
+        return []
+    return ["poison.init=later" if cell.kind == "craft" else "poison.path=later"]
+
+
+def _levels(cells: Mapping[str, Cell]) -> dict[str, int]:
+    levels: dict[str, int] = {}
+
+    def level(name: str) -> int:
+        if name not in levels:
+            levels[name] = 1 + max(
+                (level(other) for other in cells[name].needs.values()), default=-1
+            )
+        return levels[name]
+
+    for name in cells:
+        level(name)
+    return levels
+
+
+def _with_digests(cells: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Fill in the digests; cells come after those that they need."""
+    done: dict[str, Cell] = {}
+    for name, cell in cells.items():
+        below = [done[other].digest for other in cell.needs.values()]
+        text = json.dumps([cell.config, cell.overrides, below])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        done[name] = Cell(**{**vars(cell), "digest": digest})
+    return done

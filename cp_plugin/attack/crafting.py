@@ -1,0 +1,259 @@
+"""What is crafted and how far: rows of delta for the images of a data set, schedule, poison.
+
+The shell around the attack that the Lightning callback and the plain loop share.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_plugin.attack.loop import Attack, Rows, Schedule
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.settings import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
+from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data.batch import Batch
+from cp_plugin.data.subset import choose
+from cp_plugin.hosts.module import ModuleHost
+from cp_plugin.mirror import Mirror
+from cp_plugin.util.provenance import versions
+
+log = logging.getLogger("cp_plugin")
+
+MAPPED_BYTES = 8 << 30
+"""A perturbation larger than this is mapped from a file instead of held in memory."""
+DEVICE_BYTES = 4 << 30
+"""Rows up to this size are kept where the model is while they are crafted."""
+
+
+class Crafting:
+    """One poison in the making."""
+
+    attack_class = Attack
+    kind = "cp"
+    """Which poison it is, as the file says."""
+
+    def __init__(
+        self,
+        host: ModuleHost,
+        mirror: Mirror,
+        raw: RawDataset,
+        config: AlternationConfig,
+        seed: int,
+        folder: Path,
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the rows of delta and bind them to a host.
+
+        Args:
+            host: the surrogate.
+            mirror: the mirror of the data set's transform.
+            raw: the data set without its transform.
+            config: the settings.
+            seed: of start and augmentations.
+            folder: where a perturbation too large for memory is mapped from.
+            resumed: what `state` gave, with `tensors`.
+
+        Raises:
+            UserError: class granularity without labels, or a start that does not fit.
+        """
+        self.host, self.mirror, self.raw = host, mirror, raw
+        self.config, self.seed, self.folder = config, seed, folder
+        self.labels = labels(raw.dataset)
+        self._steps_done = int(resumed["steps_done"]) if resumed else 0
+        self._chosen: Tensor | None = None
+        perturbation, rows = self._rows(resumed)
+        if perturbation.stored.nbytes <= DEVICE_BYTES:
+            perturbation.move(host.device)
+        self.attack = self.attack_class(host, mirror, perturbation, rows, config, seed)
+        self._bound = list(host.momentum_modules())
+        self.schedule = self._schedule(1, 1)
+
+    def plan(self, batches: int, accumulated: int = 1) -> None:
+        """Turn `epoch` into numbers of steps.
+
+        Args:
+            batches: of an epoch.
+            accumulated: batches an optimiser step.
+        """
+        self.schedule = self._schedule(batches, accumulated)
+
+    def labels_of(self, batch: Batch) -> Tensor | None:
+        """Return the labels of a batch's images, int64 (B), None where there are none."""
+        return None if self.labels is None else self.labels[batch.rows]
+
+    def rebind(self) -> None:
+        """Take the modules of the momentum branch as they are now: hosts may replace them."""
+        found = list(self.host.momentum_modules())
+        if [id(module) for module in found] != [id(module) for module in self._bound]:
+            old = self.attack
+            self.attack = self.attack_class(
+                self.host, self.mirror, old.perturbation, old.rows, self.config, self.seed
+            )
+            self.attack.scaled = old.scaled
+            self._bound = found
+
+    def announce(self, batch_size: int, steps: float = math.inf) -> None:
+        """Log what the whole craft costs.
+
+        Args:
+            batch_size: images a batch, of all processes.
+            steps: optimiser steps after which the host's own training ends.
+        """
+        least = min(self.schedule.total_steps, steps)
+        rounds = math.ceil(least / self.schedule.model_steps)
+        passes = replace(self.schedule, rounds=rounds).image_passes(batch_size, self.mirror.views)
+        log.info(
+            "crafting: %d rounds of %d + %d steps, %s image passes in all, as many as %.1f epochs",
+            rounds,
+            self.schedule.model_steps,
+            self.schedule.noise_steps,
+            f"{passes:,}",
+            passes / (len(self.raw) * self.mirror.views),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return delta and the keys of its rows, to go on from later."""
+        rows = self.attack.rows
+        keys = {} if rows.keys is None else {"keys": rows.keys}
+        return {"delta": self.attack.perturbation.stored, **keys}
+
+    def complete_keys(self) -> None:
+        """Find the keys of rows that no batch has brought; a duplicate's row stays without."""
+        rows = self.attack.rows
+        if rows.keys is None:
+            return
+        for image, row in enumerate(rows.of_image.tolist()):
+            if row >= 0 and rows.keys[row] == 0:
+                rows.claim(self.raw[image].key, row)
+
+    def poison(self) -> Poison:
+        """Return the perturbation as it stands; images not seen yet have no row in it."""
+        rows, stored, keys = self.attack.rows, self.attack.perturbation.stored.cpu(), None
+        if rows.keys is not None:
+            seen = rows.keys != 0
+            stored, keys = stored[seen], rows.keys[seen]
+        classes = class_names(self.raw.dataset)
+        by_class = self.config.granularity == "class"
+        return Poison(
+            Perturbation(stored, self.config.eps),
+            self.config.granularity,
+            keys,
+            classes if by_class else None,
+            self._info(),
+            self._chosen_keys() if by_class and self.config.fraction < 1 else None,
+        )
+
+    def _chosen_keys(self) -> Tensor:
+        """Return the keys of the images that carry the delta of their class."""
+        if self._chosen is None:
+            images = (self.attack.rows.of_image >= 0).nonzero().flatten().tolist()
+            self._chosen = torch.tensor(sorted({self.raw[image].key for image in images}))
+        return self._chosen
+
+    def _rows(self, resumed: Mapping[str, Any] | None) -> tuple[Perturbation, Rows]:
+        config = self.config
+        names = class_names(self.raw.dataset)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = choose(self.labels, len(self.raw), config.fraction, generator)
+        if config.granularity == "class":
+            if self.labels is None or names is None or not bool((self.labels >= 0).any()):
+                raise UserError(
+                    "poison.granularity=class needs labelled images and this data set has no "
+                    "labels; use labelled data or a sample poison (+poison=cp)."
+                )
+            rows, count = Rows.of_classes(self.labels, chosen), len(names)
+        else:
+            rows, count = Rows.of_samples(chosen), int(chosen.sum())
+        if resumed:
+            if rows.keys is not None:
+                rows.restore(resumed["tensors"]["keys"])
+            return Perturbation(resumed["tensors"]["delta"], config.eps), rows
+        perturbation = self._start(count, generator)
+        if config.init not in (RANDOM, ZERO):
+            self._start_from(Poison.load(config.init), perturbation, rows)
+        return perturbation, rows
+
+    def _start(self, count: int, generator: torch.Generator) -> Perturbation:
+        config = self.config
+        channels, height, width = self.raw[0].image.shape
+        bytes_ = count * channels * height * width * 4
+        file = self.folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
+        shape = (channels, height, width)
+        if config.init == ZERO:
+            return Perturbation.zeros(count, shape, config.eps, config.dtype, file)
+        return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
+
+    def _start_from(self, poison: Poison, perturbation: Perturbation, rows: Rows) -> None:
+        """Start from a poison file: rows of its classes, or of the same images, are taken over."""
+        if poison.perturbation.shape != perturbation.shape:
+            raise UserError(
+                f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
+                f"{perturbation.shape}; use a poison of the same image size."
+            )
+        names, targets = class_names(self.raw.dataset), self.labels
+        poison.check_classes(names)
+        for start in range(0, len(self.raw), 1024):
+            images = torch.arange(start, min(start + 1024, len(self.raw)))
+            own = rows.of_image[images]
+            if poison.granularity == "class":
+                known = [None] * len(images) if targets is None else targets[images].tolist()
+                labels_ = [names[y] if names and y is not None and y >= 0 else None for y in known]
+                theirs = poison.rows(classes=labels_)
+            else:
+                theirs = poison.rows(keys=[self.raw[int(i)].key for i in images])
+            use = (own >= 0) & (theirs >= 0)
+            perturbation.write(own[use], poison.perturbation.gather(theirs[use]))
+
+    def _schedule(self, batches: int, accumulated: int) -> Schedule:
+        config = self.config
+        an_epoch = max(1, -(-batches // accumulated))
+        noise_steps = batches if config.noise_steps == EPOCH else config.noise_steps
+        return Schedule(
+            config.rounds,
+            an_epoch if config.model_steps == EPOCH else config.model_steps,
+            0 if config.joint else noise_steps,
+            config.pgd_steps,
+            self._steps_done,
+        )
+
+    def _info(self) -> dict[str, str]:
+        schedule = {
+            "rounds": self.schedule.rounds,
+            "joint": self.config.joint,
+            "model_steps": self.schedule.model_steps,
+            "noise_steps": self.schedule.noise_steps,
+            "pgd_steps": self.schedule.pgd_steps,
+            "step_size": self.config.step_size,
+            "dual_branch": self.config.uses_dual_branch,
+            "surrogate_steps_done": self.schedule.steps_done,
+        }
+        return {
+            "poison": self.kind,
+            "host": self.host.framework,
+            "method": self.host.method,
+            "backbone": _backbone(self.host),
+            "augmentations": repr(self.mirror),
+            "schedule": json.dumps(schedule),
+            "fraction": str(self.config.fraction),
+            "seed": str(self.seed),
+            "versions": json.dumps(versions()),
+        }
+
+
+def _backbone(host: ModuleHost) -> str:
+    """Return the name of a backbone: the host's own word for it, else the class of its encoder."""
+    named = getattr(host, "backbone_name", None) or getattr(host.module, "backbone_name", None)
+    try:
+        return str(named or type(host.encoder()).__name__)
+    except UserError:
+        return "unknown"

@@ -1,0 +1,245 @@
+"""Contrastive poisoning: the two phases, for any host (He, Zha, Katabi, ICLR 2023, algorithm 1).
+
+    min over delta, min over theta: E_x [ L_CL( T1(x + d(x)), T2(x + d(x)); theta ) ],  |d| <= eps
+
+Both phases minimise the host's own SSL loss. The model phase is the host's own training on
+poisoned, mirrored views; the noise phase, written here, keeps the weights and moves delta.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.config.settings import AlternationConfig, UserError
+from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.distributed import gathered, share, summed
+from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
+from cp_plugin.hosts.protocol import Host
+from cp_plugin.mirror import Mirror
+
+
+@dataclass
+class Schedule:
+    """Rounds of M optimiser steps of the surrogate and N batches of the noise phase."""
+
+    rounds: int
+    model_steps: int
+    noise_steps: int
+    """0: there is no noise phase, the model phase moves delta."""
+    pgd_steps: int
+    steps_done: int = 0
+    """Optimiser steps of the surrogate so far."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the surrogate in all rounds."""
+        return self.rounds * self.model_steps
+
+    @property
+    def finished(self) -> bool:
+        """True once the last model phase is over."""
+        return self.steps_done >= self.total_steps
+
+    def model_step(self) -> bool:
+        """Count an optimiser step; return True when a noise phase is due."""
+        self.steps_done += 1
+        return self.noise_steps > 0 and self.steps_done % self.model_steps == 0
+
+    def image_passes(self, batch_size: int, views: int) -> int:
+        """Return how many images go forward and backward through the network in all rounds."""
+        each_round = self.model_steps + self.noise_steps * self.pgd_steps
+        return self.rounds * each_round * batch_size * views
+
+
+@dataclass
+class Rows:
+    """Which row of delta belongs to which image of the training set; identical images share one."""
+
+    of_image: Tensor
+    """int64 (N): -1 for an image that is not poisoned."""
+    keys: Tensor | None = None
+    """int64 (K), 0 until the image of a row was seen; None for class granularity."""
+    _first: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_samples(cls, chosen: Tensor) -> Rows:
+        """One row an image; `chosen` is bool (N)."""
+        of_image = torch.where(chosen, chosen.cumsum(0) - 1, -1)
+        return cls(of_image, keys=torch.zeros(int(chosen.sum()), dtype=torch.int64))
+
+    @classmethod
+    def of_classes(cls, labels: Tensor, chosen: Tensor) -> Rows:
+        """One row a class; negative labels are unlabelled, hence not poisoned."""
+        return cls(torch.where(chosen & (labels >= 0), labels, -1))
+
+    def restore(self, keys: Tensor) -> None:
+        """Take the keys of an earlier run's snapshot."""
+        self.keys = keys
+        self._first = {key: row for row, key in enumerate(keys.tolist()) if key}
+
+    def of_batch(self, batch: Batch) -> Tensor:
+        """Return the rows of the batch's images, int64 (P * B), on the CPU.
+
+        With P processes they are those of all of them, interleaved as `Share.positions` says, so
+        that every process keeps the same rows and keys.
+        """
+        rows = self.of_image[gathered(batch.rows)]
+        if self.keys is not None:
+            pairs = zip(gathered(batch.keys).tolist(), rows.tolist(), strict=True)
+            rows = torch.tensor([row if row < 0 else self.claim(key, row) for key, row in pairs])
+        return rows
+
+    def claim(self, key: int, row: int) -> int:
+        """Return the row of the image with this key: the given one, or an identical image's."""
+        first = self._first.setdefault(key, row)
+        if first == row and self.keys is not None:
+            self.keys[row] = key
+        return first
+
+
+def poisoned(images_BCHW: Tensor, delta_BCHW: Tensor) -> Tensor:
+    """Return uint8 images plus delta as float32 in [0, 1]."""
+    return (images_BCHW.float().div_(255) + delta_BCHW).clamp(0, 1)
+
+
+class Attack:
+    """The perturbation of one data set and what moves it."""
+
+    def __init__(
+        self,
+        host: Host,
+        mirror: Mirror,
+        perturbation: Perturbation,
+        rows: Rows,
+        config: AlternationConfig,
+        seed: int,
+    ) -> None:
+        """Bind the parts.
+
+        Args:
+            host: the method whose loss is minimised.
+            mirror: the differentiable counterpart of its augmentations.
+            perturbation: the rows of delta.
+            rows: which row belongs to which image.
+            config: T, the step size and whether a momentum branch is raw are read from it.
+            seed: seeds the augmentations; together with a step's number it fixes them.
+        """
+        self.host, self.mirror, self.perturbation = host, mirror, perturbation
+        self.rows, self.config, self.seed = rows, config, seed
+        self._generator = torch.Generator()
+        momentum = host.momentum_modules() if config.uses_dual_branch else ()
+        if config.joint and momentum:
+            raise UserError(
+                "poison.schedule=joint cannot open a momentum branch, whose weights move in the "
+                "same step; add poison.dual_branch=false, or use poison.schedule=alternate."
+            )
+        self._gradients = momentum_gradients(host.module, momentum)
+        self._checked = False
+        self.scaled: Callable[[Tensor], Tensor] = lambda loss: loss
+        """Makes a loss large enough for gradients in float16; their signs alone are used."""
+        self.moved = False
+        """Whether any gradient has reached delta."""
+
+    def views(self, batch: Batch, step: int) -> list[Tensor]:
+        """Return the poisoned, mirrored views of a batch for the host's own training step.
+
+        With a joint schedule the backward pass of that step moves delta.
+
+        Args:
+            batch: on the host's device.
+            step: batches of the model phase so far; fixes the augmentations that are drawn.
+        """
+        rows_U, inverse_B = self._rows_of(batch)
+        with torch.set_grad_enabled(self.config.joint):
+            delta = self.perturbation.gather(rows_U, batch.images.device)
+            if self.config.joint:
+                delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
+            return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
+
+    def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        """Optimise delta on each batch, weights fixed; yields the mean loss of each.
+
+        The host is in eval mode meanwhile and is left bit for bit as it was found.
+
+        Args:
+            batches: N batches on the host's device.
+            step: optimiser steps of the surrogate so far; fixes the augmentations that are drawn.
+        """
+        with preserve_state(self.host.module) as guard:
+            self.host.module.eval()
+            for number, batch in enumerate(batches):
+                yield self._noise_batch(batch, (step, number), guard.restore)
+
+    def check_moved(self, where: str) -> None:
+        """Check, after the backward pass of a joint step, that it has moved delta.
+
+        Args:
+            where: what computes the loss, for the error.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.config.joint and not self.moved:
+            raise UserError(
+                f"poison.schedule=joint found no gradient from the loss to the views: {where} "
+                "detaches them, or computes its loss without a graph; use "
+                "poison.schedule=alternate, which says more."
+            )
+
+    def _noise_batch(
+        self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
+    ) -> Tensor:
+        rows_U, inverse_B = self._rows_of(batch)
+        losses = []
+        for pgd_step in range(self.config.pgd_steps):
+            delta = self.perturbation.gather(rows_U, batch.images.device).requires_grad_()
+            images = poisoned(batch.images, delta[inverse_B])
+            views = self._mirrored(images, "noise", *at, pgd_step)
+            with self._gradients:
+                loss = self.host.loss(views, batch)
+            if not self._checked:
+                self._checked = check_momentum_gradients(self._gradients, loss, delta)
+            (gradient,) = torch.autograd.grad(self.scaled(loss), delta)
+            restore()
+            self._descend(rows_U, gradient)
+            losses.append(loss.detach().float())
+        return torch.stack(losses).mean()
+
+    def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the rows of all processes' images, once each, and where each own image's is.
+
+        The rows are on the CPU, the places on the device of the images.
+        """
+        rows_U, inverse = torch.unique(self.rows.of_batch(batch), return_inverse=True)
+        places_B = inverse[share().positions(len(batch.images))]
+        return rows_U, places_B.to(batch.images.device, non_blocking=True)
+
+    def _descend(self, rows_U: Tensor, gradient: Tensor) -> None:
+        step = self.config.step_size * self.config.eps
+        self.perturbation.descend(rows_U, summed(gradient), step)
+        self.moved = True
+
+    def _mirrored(self, images: Tensor, *draw: int | str) -> list[Tensor]:
+        self._generator.manual_seed(_seed(self.seed, *draw))
+        own = share()
+        if own.processes == 1:
+            views: list[Tensor] = self.mirror(images, generator=self._generator)
+            return views
+        # Parameters are drawn for the images of all processes at once: an image gets the same ones
+        # however many there are. Blank images stand for those of the others.
+        places = own.positions(len(images))
+        whole = images.new_zeros(len(images) * own.processes, *images.shape[1:])
+        whole[places] = images
+        return [view[places] for view in self.mirror(whole, generator=self._generator)]
+
+
+def _seed(*parts: int | str) -> int:
+    """Return 63 bits that depend on every part."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,270 @@
+"""The poison file: delta, what it was made for, and how it is added to images.
+
+A file is safetensors: tensor `delta` (K, C, H, W), for a sample poison tensor `keys` (K) too, and
+plain text metadata. Loading runs no code. Images are matched by key (a hash of their pixels) or by
+class name, never by position, so any loader and any order will do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cp_plugin.attack.perturbation import Perturbation, decode
+from cp_plugin.config.settings import Granularity, UserError, eps_levels
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A crafted perturbation, ready to be saved or added to images."""
+
+    perturbation: Perturbation
+    granularity: Granularity
+    keys: Tensor | None = None
+    """int64 (K): for a sample poison, the image that each row belongs to."""
+    classes: tuple[str, ...] | None = None
+    """For a class poison, the class that each row belongs to."""
+    info: Mapping[str, str] = field(default_factory=dict)
+    """What it was made with: host, method, backbone, augmentations, schedule, seed, versions."""
+    chosen: Tensor | None = None
+    """int64 (M): for a class poison that is in a part of the images, the keys of these."""
+
+    def __post_init__(self) -> None:
+        """Check that every row has an owner.
+
+        Raises:
+            UserError: keys or class names are missing or of the wrong number.
+        """
+        owners = self.keys if self.granularity == "sample" else self.classes
+        if owners is None or len(owners) != len(self.perturbation):
+            found = "none" if owners is None else str(len(owners))
+            raise UserError(
+                f"expected {len(self.perturbation)} "
+                f"{'keys' if self.granularity == 'sample' else 'class names'} for the rows, "
+                f"got {found}; the poison file is incomplete."
+            )
+
+    @property
+    def eps(self) -> float:
+        """Largest change of a pixel, in [0, 1]."""
+        return self.perturbation.eps
+
+    @property
+    def image_size(self) -> int:
+        """Side of delta in pixels."""
+        return self.perturbation.shape[-1]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file atomically; an existing file is never overwritten.
+
+        Raises:
+            UserError: the file exists.
+        """
+        path = Path(path)
+        if path.exists():
+            raise UserError(
+                f"{path} exists and a poison is never overwritten; choose another name."
+            )
+        tensors = {"delta": self.perturbation.stored.contiguous()}
+        if self.keys is not None:
+            tensors["keys"] = self.keys
+        if self.chosen is not None:
+            tensors["chosen"] = self.chosen
+        metadata = {
+            **self.info,
+            "format": FORMAT,
+            "granularity": self.granularity,
+            "eps": repr(self.eps),
+            "image_size": str(self.image_size),
+        }
+        if self.classes is not None:
+            metadata["classes"] = json.dumps(self.classes)
+        write_atomically(path, tensors, metadata)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Poison:
+        """Read and check a poison file.
+
+        Raises:
+            UserError: the file is missing, truncated, of another format, or breaks its own budget.
+        """
+        tensors, metadata = read(Path(path))
+        if metadata.get("format") != FORMAT or "delta" not in tensors:
+            raise UserError(
+                f"{path} is no poison of format {FORMAT} (it has {metadata.get('format')}); "
+                "`cp-plugin import` converts the authors' .pth files."
+            )
+        granularity = metadata["granularity"]
+        if granularity not in get_args(Granularity):
+            raise UserError(f"{path} has granularity {granularity!r}; expected sample or class.")
+        classes = metadata.get("classes")
+        known = {"format", "granularity", "eps", "image_size", "classes"}
+        return cls(
+            Perturbation(tensors["delta"], float(metadata["eps"])),
+            cast(Granularity, granularity),
+            keys=tensors.get("keys"),
+            classes=None if classes is None else tuple(json.loads(classes)),
+            info={key: value for key, value in metadata.items() if key not in known},
+            chosen=tensors.get("chosen"),
+        )
+
+    @cached_property
+    def _row_of_key(self) -> dict[int, int]:
+        keys = cast(Tensor, self.keys).tolist()
+        return {key: row for row, key in reversed(list(enumerate(keys)))}
+
+    @cached_property
+    def _chosen_keys(self) -> frozenset[int]:
+        return frozenset(cast(Tensor, self.chosen).tolist())
+
+    @cached_property
+    def _row_of_class(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.classes or ())}
+
+    def rows(
+        self, keys: Sequence[int] | None = None, classes: Sequence[str | None] | None = None
+    ) -> Tensor:
+        """Return the row of each image, int64, -1 where the poison has none for it.
+
+        Args:
+            keys: the images' keys; a class poison needs them only where it is in a part of the
+                images, and without them tells the rows of all.
+            classes: the images' class names, None for unlabelled ones; used by a class poison.
+        """
+        if self.granularity == "sample":
+            return torch.tensor([self._row_of_key.get(key, -1) for key in keys or ()])
+        names = self._row_of_class
+        found = [-1 if name is None else names.get(name, -1) for name in classes or ()]
+        if self.chosen is not None and keys is not None:
+            pairs = zip(found, keys, strict=True)
+            found = [row if key in self._chosen_keys else -1 for row, key in pairs]
+        return torch.tensor(found, dtype=torch.int64)
+
+    @property
+    def fraction(self) -> float:
+        """Part of the images that it was made for or cut down to."""
+        return float(self.info.get("fraction", 1))
+
+    def part(self, fraction: float, keys_N: Tensor, labels_N: Tensor | None) -> Poison:
+        """Return the poison for a part of the images, the same part of each class.
+
+        The choice depends on the images alone: it is the same everywhere, and a smaller part lies
+        within a larger one. It is in the file as the rows' keys, or as `chosen`.
+
+        Args:
+            fraction: in (0, 1]; of the images that the poison is in.
+            keys_N: int64 (N), the keys of the data set's images.
+            labels_N: int64 (N), negative where unlabelled; None where there are no labels.
+        """
+        labels = torch.zeros_like(keys_N) if labels_N is None else labels_N
+        names = [self.classes[y] if self.classes and y >= 0 else None for y in labels.tolist()]
+        rows = self.rows(keys_N.tolist(), names)
+        kept = []
+        for label in torch.unique(labels).tolist():
+            # Sorted by key, which is a hash: an order that has nothing to do with the images.
+            members = torch.unique(keys_N[(labels == label) & (rows >= 0)])
+            if len(members):
+                kept.append(members[: max(1, round(fraction * len(members)))])
+        chosen = torch.unique(torch.cat(kept)) if kept else keys_N[:0]
+        info = {**self.info, "fraction": repr(fraction * self.fraction)}
+        if self.granularity == "class":
+            return replace(self, info=info, chosen=chosen)
+        own = Perturbation(self.perturbation.stored[self.rows(chosen.tolist())], self.eps)
+        return replace(self, perturbation=own, keys=chosen, info=info)
+
+    def check_classes(self, classes: Sequence[str] | None) -> None:
+        """Check that a class poison was made for these classes; a sample poison fits any.
+
+        Raises:
+            UserError: the data set has no classes, or others.
+        """
+        if self.granularity == "sample":
+            return
+        if classes is None:
+            raise UserError(
+                "a class poison needs labelled images and this data set has no labels; "
+                "use labelled data or a sample poison (+poison=cp)."
+            )
+        if tuple(classes) != tuple(self.classes or ()):
+            raise UserError(
+                f"the poison was made for {len(self.classes or ())} classes "
+                f"({_some(self.classes or ())}), the data set has {len(classes)} "
+                f"({_some(classes)}); use the data set it was made for."
+            )
+
+    def offsets(self, rows_U: Tensor) -> Tensor:
+        """Return rows in 8-bit levels, int16 (U, C, H, W), at most floor(255 eps) each."""
+        limit = eps_levels(self.eps)
+        levels = self.perturbation.gather(rows_U).mul_(255)
+        return levels.round_().clamp_(-limit, limit).short()
+
+    def apply(self, images_BCHW: Tensor, rows_B: Tensor) -> Tensor:
+        """Add rows to 8-bit images.
+
+        Args:
+            images_BCHW: uint8, of the poison's size.
+            rows_B: int64 as `rows` returns them; -1 leaves an image as it is.
+
+        Returns:
+            uint8 (B, C, H, W); no pixel is off by more than floor(255 eps).
+
+        Raises:
+            UserError: the images are not 8 bit, or not of the poison's size.
+        """
+        expected = self.perturbation.shape
+        if images_BCHW.dtype != torch.uint8 or tuple(images_BCHW.shape[1:]) != expected:
+            raise UserError(
+                f"expected uint8 images of shape {expected}, got {images_BCHW.dtype} "
+                f"{tuple(images_BCHW.shape[1:])}; resize to {self.image_size} pixels first."
+            )
+        return self.offsets(rows_B).add_(images_BCHW).clamp_(0, 255).to(torch.uint8)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no poison file at {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged or truncated ({error}); make or copy it again."
+        ) from None
+
+
+def write_atomically(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(dict(tensors), str(partial), dict(metadata))
+    partial.replace(path)
+
+
+def largest_change(poison: Poison) -> float:
+    """Return the largest absolute entry of delta, in [0, 1]."""
+    stored = poison.perturbation.stored
+    return max(decode(part, poison.eps).abs().max().item() for part in torch.split(stored, 4096))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

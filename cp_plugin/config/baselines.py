@@ -1,0 +1,152 @@
+"""Settings of the poisons that contrastive poisoning is compared with: frozen and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cp_plugin.config.settings import (
+    EPOCH,
+    ZERO,
+    AlternationConfig,
+    Granularity,
+    RowType,
+    Steps,
+    UserError,
+    at_least_one,
+    check_eps,
+    check_fraction,
+    one_of,
+)
+
+Distribution = Literal["uniform", "gaussian"]
+
+
+@dataclass(frozen=True)
+class DrawnConfig:
+    """A poison that is drawn, not optimised."""
+
+    eps: float = 8 / 255
+    """Largest change of a pixel, in [0, 1]."""
+    granularity: Granularity = "sample"
+    """One draw an image or one a class."""
+    fraction: float = 1.0
+    """Part of the images that is poisoned, class-balanced where there are labels."""
+    seed: int | None = None
+    """None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        check_eps(self.eps)
+        one_of("granularity", self.granularity, get_args(Granularity))
+        check_fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class RandomConfig(DrawnConfig):
+    """Random noise in [-eps, eps]: what any poison has to beat."""
+
+    distribution: Distribution = "uniform"
+    """`gaussian`: of standard deviation eps, clipped at eps."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        one_of("distribution", self.distribution, get_args(Distribution))
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(DrawnConfig):
+    """Linearly separable noise (Yu et al., "Availability Attacks Create Shortcuts", KDD 2022).
+
+    With granularity `sample` every image has a point of its own in the cluster of its class, with
+    `class` the images of a class share one.
+    """
+
+    patch: int = 8
+    """Side in pixels of the squares of one value; the paper uses 8."""
+    separation: float = 10.0
+    """Distance of a class's centre from 0 along each axis, in standard deviations of its points."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        at_least_one("patch", self.patch)
+        if not 1 <= self.separation <= 1000:
+            raise UserError(
+                f"poison.separation must be in [1, 1000], got {self.separation}; below 1 the "
+                "classes' points overlap. The default is 10."
+            )
+
+
+@dataclass(frozen=True)
+class ErrorMinConfig(AlternationConfig):
+    """Error-minimising noise (Huang et al., "Unlearnable Examples", ICLR 2021, section 4)."""
+
+    rounds: int = 50
+    """Alternations; the paper goes on until the surrogate fits 99 % of the poisoned images."""
+    model_steps: Steps = 10
+    """M: optimiser steps of the surrogate a round, or `epoch`."""
+    noise_steps: Steps = EPOCH
+    """N: batches on which delta is optimised a round, or `epoch`."""
+    pgd_steps: int = 20
+    """T: sign-gradient steps on each of these batches; the paper takes 1 for one delta a class."""
+
+
+@dataclass(frozen=True)
+class TapConfig:
+    """Adversarial poisoning (Fowl et al., "Adversarial Examples Make Strong Poisons", 2021)."""
+
+    eps: float = 8 / 255
+    """Largest change of a pixel, in [0, 1]."""
+    targeted: bool = True
+    """Towards the next class (the paper's stronger attack) instead of away from the image's own."""
+    pgd_steps: int = 250
+    """T: sign-gradient steps on every image, on the trained surrogate."""
+    step_size: float = 0.1
+    """Length of one sign-gradient step, in units of eps."""
+    image_size: int | None = None
+    """Side of delta in pixels. None: the largest crop of the host's pipeline."""
+    dtype: RowType = "float16"
+    """How rows are stored."""
+    fraction: float = 1.0
+    """Part of the images that is poisoned, class-balanced."""
+    seed: int | None = None
+    """None: the run's seed."""
+    dir: str | None = None
+    """Where `poison.safetensors` goes. None: the run's folder."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        self.alternation()
+
+    def alternation(self) -> AlternationConfig:
+        """Return one round: a surrogate trained to its end on clean images, then T steps."""
+        return AlternationConfig(
+            eps=self.eps,
+            rounds=1,
+            pgd_steps=self.pgd_steps,
+            step_size=self.step_size,
+            init=ZERO,
+            image_size=self.image_size,
+            dtype=self.dtype,
+            fraction=self.fraction,
+            seed=self.seed,
+            dir=self.dir,
+        )

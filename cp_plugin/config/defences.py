@@ -1,0 +1,272 @@
+"""Settings of the defences of a victim: frozen, checked where they are made, one unit each.
+
+The names are those of the YAML group `defence` and of the keyword arguments of `Defence`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cp_plugin.config.settings import UserError, build
+
+
+@dataclass(frozen=True)
+class MatrixCompletionConfig:
+    """Pixels dropped at random, the image completed with low rank (ME-Net; Yang et al., ICML 2019).
+
+    The countermeasure that He, Zha and Katabi (ICLR 2023) try against contrastive poisons.
+    """
+
+    keep_min: float = 0.4
+    """Least part of the pixels that is kept, in (0, 1)."""
+    keep_max: float = 0.6
+    """Largest part; the completions of an image are spread evenly between the two."""
+    completions: int = 4
+    """Completions an image; one of them is drawn whenever the image is loaded."""
+    shrinkage: float = 0.3
+    """Weight of the nuclear norm, in units of singular values of the image, pixels in [0, 1]."""
+    iterations: int = 60
+    """Thresholding steps."""
+    seed: int | None = None
+    """Of the pixels that are dropped. None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if not 0 < self.keep_min <= self.keep_max < 1:
+            raise UserError(
+                "expected 0 < defence.keep_min <= defence.keep_max < 1, parts of the pixels that "
+                f"are kept; got {self.keep_min} and {self.keep_max}."
+            )
+        _within("completions", self.completions, 1, 100)
+        _within("iterations", self.iterations, 1, 10_000)
+        _positive("shrinkage", self.shrinkage)
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Adversarial training: the victim trains on views moved to raise its own loss.
+
+    Supervised: Madry et al., ICLR 2018. Contrastive, all views of an image moved together: Kim,
+    Tack, Hwang, NeurIPS 2020; Jiang et al., NeurIPS 2020 (adversarial-to-adversarial).
+    """
+
+    eps: float = 8 / 255
+    """Largest change of a pixel of a view, in [0, 1]."""
+    steps: int = 7
+    """Sign-gradient steps a batch."""
+    step_size: float = 0.25
+    """Length of one step, in units of eps."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        _within("eps", self.eps, 1e-6, 1)
+        _within("steps", self.steps, 1, 1000)
+        _within("step_size", self.step_size, 1e-6, 2)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Gaussian noise on every view (a defence in section 5 of He, Zha, Katabi, ICLR 2023)."""
+
+    std: float = 8 / 255
+    """Standard deviation, pixels in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check the deviation.
+
+        Raises:
+            UserError: it is out of its range.
+        """
+        _within("std", self.std, 1e-6, 1)
+
+
+@dataclass(frozen=True)
+class SmoothingConfig:
+    """Images blurred before augmentation (feature squeezing; Xu, Evans, Qi, NDSS 2018)."""
+
+    kind: Literal["gaussian", "median"] = "gaussian"
+    """Weighted mean or median of the pixels around each pixel."""
+    size: int = 3
+    """Side of the window in pixels, odd."""
+    sigma: float = 1.0
+    """Standard deviation of the Gaussian's weights in pixels; no effect on the median."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if self.kind not in ("gaussian", "median"):
+            raise UserError(f"defence.kind must be gaussian or median; got {self.kind!r}.")
+        if not 3 <= self.size <= 31 or self.size % 2 == 0:
+            raise UserError(f"defence.size must be odd, from 3 to 31 pixels; got {self.size}.")
+        _positive("sigma", self.sigma)
+
+
+@dataclass(frozen=True)
+class CutoutConfig:
+    """A square of every view set to the mean (DeVries, Taylor, arXiv:1708.04552, 2017)."""
+
+    size: float = 0.5
+    """Side of the square as a part of the view's; the paper cuts 16 of 32 pixels. Its centre lies
+    anywhere in the view, so that a part of it may fall outside."""
+
+    def __post_init__(self) -> None:
+        """Check the size.
+
+        Raises:
+            UserError: it is out of its range.
+        """
+        _within("size", self.size, 1e-3, 1)
+
+
+@dataclass(frozen=True)
+class MixupConfig:
+    """Pairs of images and labels averaged (Zhang et al., ICLR 2018); supervised victims only."""
+
+    alpha: float = 1.0
+    """The weight of the first image is drawn from Beta(alpha, alpha)."""
+
+    def __post_init__(self) -> None:
+        """Check alpha.
+
+        Raises:
+            UserError: it is not positive.
+        """
+        _positive("alpha", self.alpha)
+
+
+@dataclass(frozen=True)
+class CutmixConfig(MixupConfig):
+    """A rectangle of another image, and its part of the label (Yun et al., ICCV 2019).
+
+    For supervised victims only; the area that stays is drawn from Beta(alpha, alpha).
+    """
+
+
+@dataclass(frozen=True)
+class DpSgdConfig:
+    """Differentially private SGD (Abadi et al., CCS 2016) by Opacus; supervised victims only.
+
+    Batch normalisation is exchanged for group normalisation, batches are drawn by Poisson sampling.
+    """
+
+    epsilon: float = 8.0
+    """The budget that the whole training spends; the noise follows from it."""
+    delta: float = 1e-5
+    """Probability with which the guarantee may fail; less than one over the number of images."""
+    max_grad_norm: float = 1.0
+    """The gradient of each image is clipped to this length."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        _positive("epsilon", self.epsilon)
+        _positive("max_grad_norm", self.max_grad_norm)
+        if not 0 < self.delta < 1:
+            raise UserError(f"defence.delta must be in (0, 1), got {self.delta}.")
+
+
+Settings = (
+    MatrixCompletionConfig
+    | AdversarialConfig
+    | NoiseConfig
+    | SmoothingConfig
+    | CutoutConfig
+    | MixupConfig
+    | DpSgdConfig
+)
+DEFENCES: dict[str, type[Any] | None] = {
+    "matrix_completion": MatrixCompletionConfig,
+    "adversarial": AdversarialConfig,
+    "noise": NoiseConfig,
+    "smoothing": SmoothingConfig,
+    "cutout": CutoutConfig,
+    "mixup": MixupConfig,
+    "cutmix": CutmixConfig,
+    "dp_sgd": DpSgdConfig,
+    "none": None,
+}
+SUPERVISED = ("supervised",)
+"""Methods whose loss is a cross-entropy with the labels of single images."""
+_NEEDS_LABELS = "mixes the labels of images"
+_WHY = {
+    "mixup": _NEEDS_LABELS,
+    "cutmix": _NEEDS_LABELS,
+    "dp_sgd": "clips the gradient of each image by itself",
+}
+"""Defences that supervised victims alone can have, and what they do."""
+
+
+def defence_settings(name: str, values: Mapping[str, Any]) -> Settings | None:
+    """Return the checked settings of a defence, None for `none`.
+
+    Args:
+        name: of `DEFENCES`.
+        values: keys and values, without the name.
+
+    Raises:
+        UserError: an unknown name or key, or a value out of range.
+    """
+    if name not in DEFENCES:
+        near = difflib.get_close_matches(name, DEFENCES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(DEFENCES)}."
+        raise UserError(f"defence.name={name} is unknown; {hint}")
+    kind = DEFENCES[name]
+    if kind is None:
+        if values:
+            raise UserError(f"defence.{next(iter(values))} is not a setting of defence=none.")
+        return None
+    settings: Settings = build(kind, values, "defence")
+    return settings
+
+
+def check_defence(name: str, method: str) -> None:
+    """Check that a method can be defended so.
+
+    Args:
+        name: the defence.
+        method: name of the victim's method.
+
+    Raises:
+        UserError: the defence needs a supervised loss and the method has none.
+    """
+    if name not in _WHY or method in SUPERVISED:
+        return
+    reason = f"the loss of {method} compares the images of a batch"
+    if name != "dp_sgd":
+        reason = (
+            f"the loss of {method} compares whole labels"
+            if "supcon" in method.lower()
+            else f"the loss of {method} has no labels"
+        )
+    raise UserError(
+        f"defence={name} {_WHY[name]}, but {reason}; use it on a supervised victim "
+        "(method=supervised), or choose noise, smoothing, cutout, adversarial or "
+        "matrix_completion."
+    )
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"defence.{name} must lie in [{low:g}, {high:g}]; got {value}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise UserError(f"defence.{name} must be positive; got {value}.")

@@ -1,0 +1,114 @@
+"""Which poison, which monitor and which defence a configuration selects."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
+from cp_plugin.config.defences import Settings as DefenceSettings
+from cp_plugin.config.defences import check_defence, defence_settings
+from cp_plugin.config.settings import CraftConfig, InjectConfig, MonitorConfig, UserError, build
+
+GROUPS = ("poison", "monitor", "defence")
+"""The configuration's groups, in the order in which `Selection.of` takes them."""
+CRAFTS = ("cp", "cp_class", "cp_byol")
+CRAFTED = (CraftConfig, ErrorMinConfig, TapConfig)
+"""Settings of poisons that need a surrogate."""
+Settings = CraftConfig | ErrorMinConfig | TapConfig | SyntheticConfig | RandomConfig | InjectConfig
+KINDS: dict[str, type[Any] | None] = {
+    **dict.fromkeys(CRAFTS, CraftConfig),
+    "error_min": ErrorMinConfig,
+    "tap": TapConfig,
+    "synthetic": SyntheticConfig,
+    "random": RandomConfig,
+    "inject": InjectConfig,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The groups `poison`, `monitor` and `defence` of a configuration, checked."""
+
+    name: str
+    """The poison's name; `none` where there is none."""
+    poison: Settings | None
+    monitor: MonitorConfig | None
+    defence_name: str = "none"
+    """The defence's name; `none` where there is none."""
+    defence: DefenceSettings | None = None
+
+    @classmethod
+    def of(
+        cls,
+        poison: Mapping[str, Any] | None,
+        monitor: Mapping[str, Any] | None,
+        defence: Mapping[str, Any] | None = None,
+    ) -> Selection:
+        """Check the groups.
+
+        Args:
+            poison: the group `poison` as plain values, with its `name`; None is `none`.
+            monitor: the group `monitor`, or None.
+            defence: the group `defence` as plain values, with its `name`; None is `none`.
+
+        Raises:
+            UserError: an unknown name or key, a value out of range, or a defence for a surrogate.
+        """
+        values = dict(poison or {"name": "none"})
+        name = str(values.pop("name", None))
+        if name not in KINDS:
+            near = difflib.get_close_matches(name, KINDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KINDS)}."
+            raise UserError(f"poison.name={name} is unknown; {hint}")
+        kind = KINDS[name]
+        if kind is None and values:
+            raise UserError(f"poison.{next(iter(values))} is not a setting of poison=none.")
+        settings = None if kind is None else build(kind, values)
+        watched = None
+        if monitor:
+            given = {key: value for key, value in monitor.items() if key != "name"}
+            watched = build(MonitorConfig, given, "monitor")
+        defending = dict(defence or {"name": "none"})
+        defence_name = str(defending.pop("name", None))
+        chosen = cls(
+            name, settings, watched, defence_name, defence_settings(defence_name, defending)
+        )
+        if chosen.crafts and chosen.defence is not None:
+            raise UserError(
+                f"defence={defence_name} belongs to a victim, and poison={name} crafts a poison; "
+                "craft without it, then train on poison=inject with it."
+            )
+        return chosen
+
+    def check_method(self, method: str) -> None:
+        """Check that a victim's method can have the defence.
+
+        Raises:
+            UserError: it cannot; the reason is given.
+        """
+        check_defence(self.defence_name, method)
+
+    @property
+    def crafts(self) -> bool:
+        """Whether the run makes a poison by training a surrogate."""
+        return isinstance(self.poison, CRAFTED)
+
+    def tag(self, settings: Mapping[str, Any]) -> str:
+        """Return `<poison>[-<defence>]-<8 hex digits>`: of all settings and the poison file."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for path in (getattr(self.poison, "path", None), getattr(self.poison, "init", None)):
+            if path and path != "random" and Path(path).is_file():
+                digest.update(Path(path).read_bytes())
+        return f"{self.label}-{digest.hexdigest()[:8]}"
+
+    @property
+    def label(self) -> str:
+        """The poison's name, and the defence's where there is one."""
+        return self.name if self.defence is None else f"{self.name}-{self.defence_name}"

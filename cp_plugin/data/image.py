@@ -1,0 +1,141 @@
+"""One form for every image: uint8 (C, H, W) at canonical size, and the key of its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as operations
+
+from cp_plugin.config.settings import UserError
+
+CHANNELS = (1, 3, 4)
+
+
+def image_key(image_CHW: Tensor) -> int:
+    """Return a 64-bit hash of an image's pixels and shape.
+
+    Args:
+        image_CHW: uint8 (C, H, W), on any device.
+
+    Returns:
+        BLAKE2b with a digest of 8 bytes, as a signed integer, so that it fits into int64.
+
+    Raises:
+        UserError: the image is not uint8 with three dimensions.
+    """
+    if image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3:
+        raise UserError(
+            f"image_key expects uint8 (C, H, W), got {image_CHW.dtype} {tuple(image_CHW.shape)}; "
+            "bring the image to canonical form with Canonical(size) first."
+        )
+    digest = hashlib.blake2b(struct.pack("<3q", *image_CHW.shape), digest_size=8)
+    digest.update(image_CHW.cpu().contiguous().numpy().data)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+class Canonical:
+    """Bring any image to uint8 RGB (3, H, W) of one size.
+
+    An image whose size differs is resized, shorter side to `size` (bicubic, antialiased, by
+    Pillow), and cropped in the centre.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        """Keep the size; None leaves images as large as they are."""
+        self.size = size
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return the image in canonical form.
+
+        Args:
+            image: a PIL image, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W): uint8, or
+                floating point in [0, 1].
+
+        Returns:
+            uint8 (3, H, W), where H = W = size unless size is None.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(image, Tensor):
+            pixels = _from_tensor(image)
+            if self.size is None or tuple(pixels.shape[1:]) == (self.size, self.size):
+                return pixels
+            image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        picture = as_picture(image)
+        if self.size is not None and picture.size != (self.size, self.size):
+            picture = operations.resize(picture, self.size, InterpolationMode.BICUBIC)
+            picture = operations.center_crop(picture, [self.size, self.size])
+        channels = [np.asarray(channel) for channel in picture.split()]
+        return torch.from_numpy(np.stack(channels))
+
+    def __repr__(self) -> str:
+        return f"Canonical({self.size})"
+
+
+def as_picture(image: Any) -> Image.Image:
+    """Return a PIL image or an array as an RGB PIL image."""
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+            return Image.fromarray(image).convert("RGB")
+        if image.dtype == np.uint8 and image.shape[2:] == (1,):
+            return Image.fromarray(image[:, :, 0]).convert("RGB")
+        raise UserError(
+            "An image given as an array must be uint8 (H, W) or (H, W, C) with C of 1, 3 or 4; "
+            f"got {image.dtype} {image.shape}."
+        )
+    raise UserError(
+        "Expected an image: PIL, uint8 array (H, W, C) or tensor (C, H, W); "
+        f"got {type(image).__name__}."
+    )
+
+
+def is_image(value: Any) -> bool:
+    """Tell whether a value can be read as an image; 2-d tensors and arrays cannot."""
+    if isinstance(value, Image.Image):
+        return True
+    if isinstance(value, Tensor):
+        whole = value.dtype == torch.uint8 or value.is_floating_point()
+        return whole and value.ndim == 3 and value.shape[0] in CHANNELS
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3
+
+
+def like(pixels_CHW: Tensor, original: Any) -> Any:
+    """Return uint8 pixels (C, H, W) in the original's type: PIL, array, uint8 or float tensor."""
+    if isinstance(original, Tensor):
+        if original.is_floating_point():
+            return pixels_CHW.to(original.dtype) / 255
+        return pixels_CHW
+    channels = tuple(pixels_CHW.numpy())
+    if isinstance(original, np.ndarray):
+        return np.dstack(channels)
+    return Image.merge("RGB", [Image.fromarray(channel) for channel in channels])
+
+
+def _from_tensor(image: Tensor) -> Tensor:
+    if not is_image(image):
+        raise UserError(
+            "An image given as a tensor must be (C, H, W) with C of 1, 3 or 4, uint8 or floating "
+            f"point; got {image.dtype} {tuple(image.shape)}."
+        )
+    image = image.detach().cpu().as_subclass(Tensor)
+    if image.is_floating_point():
+        low, high = image.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise UserError(
+                "An image given as a floating point tensor must lie in [0, 1], before any "
+                f"normalising; got values from {float(low):.3g} to {float(high):.3g}."
+            )
+        image = (image * 255).round().to(torch.uint8)
+    if image.shape[0] == 1:
+        image = image.expand(3, -1, -1)
+    return image[:3].contiguous()

@@ -1,0 +1,234 @@
+"""A data set with the host's transform taken off, so that images come before any augmentation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import slots as markers
+from cp_plugin.data import wrappers
+from cp_plugin.data.batch import Batch
+from cp_plugin.data.image import Canonical, image_key
+from cp_plugin.data.pipelines import view_pipelines
+
+MOST_VIEWS = 16
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
+
+
+class SampleError(UserError):
+    """A sample that cannot be used.
+
+    A worker process of a data loader hands errors on as text with a traceback before it; only the
+    sentence is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].rstrip())
+
+
+class Item(NamedTuple):
+    """One row of an raw data set."""
+
+    row: int
+    """The image's position."""
+    key: int
+    """Hash of the pixels, see `image_key`."""
+    image: Tensor
+    """uint8 (3, H, W), canonical."""
+    sample: Any
+    """The host's own sample, an integer placeholder where its views belong."""
+
+
+class RawDataset(Dataset[Item]):
+    """A map-style data set of images, read before its transform.
+
+    Works on a shallow copy: the data set itself, and others that share its images, keep their
+    transform. Data sets of torchvision, Lightly and solo-learn, subsets, joins and wrappers
+    are followed to the object that has the attribute `transform`.
+
+    Attributes:
+        transform: the pipeline taken off, None if there was none.
+        places: how many elements of a sample are views, where the data set returns its views
+            apart (`q, k, target`); 1 where they stand together.
+    """
+
+    def __init__(self, dataset: Any, image_size: int | None) -> None:
+        """Take the transform off.
+
+        Args:
+            dataset: the host's data set.
+            image_size: side of the canonical images in pixels; None keeps each image's size.
+
+        Raises:
+            UserError: the data set streams, is empty, has no `transform`, or does not return what
+                its transform makes; SampleError if the first image cannot be read.
+        """
+        wrappers.check_map_style(dataset)
+        self.dataset = dataset
+        self.transform = wrappers.pipeline_of(dataset)
+        self._canonical = Canonical(image_size)
+        self._views: int | None = None
+        self._probed = self._with_probe(None)
+        self._process = os.getpid()
+        self._closed = False
+        self.places = self._count_places()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Item:
+        """Return an image before augmentation, and the host's sample without its views.
+
+        Raises:
+            SampleError: the image cannot be read; its file is named where it is known.
+        """
+        row = range(len(self))[row]
+        sample = self._read(row)
+        marks = markers.find(sample)
+        if len(marks) != self.places:
+            raise SampleError(
+                f"Row {row} of {self._name} returns {len(marks)} views, row 0 {self.places}; "
+                "all samples must have the same form."
+            )
+        image = marks[0].image
+        return Item(row, image_key(image), image, markers.with_placeholders(sample, marks))
+
+    def collate(
+        self, items: Sequence[Item], host_collate: Callable[[Any], Any] = default_collate
+    ) -> Batch:
+        """Make a batch of items.
+
+        Args:
+            items: B items.
+            host_collate: the host's own `collate_fn`, called on the samples.
+
+        Returns:
+            The batch; its `sample` waits for views (`with_views`).
+
+        Raises:
+            SampleError: images of different sizes.
+        """
+        sizes = {tuple(item.image.shape[1:]) for item in items}
+        if len(sizes) > 1:
+            raise SampleError(
+                f"Images of different sizes in one batch: {sorted(sizes)[:3]}; set "
+                "poison.image_size, so that they are resized and cropped to one."
+            )
+        samples = [item.sample for item in items]
+        try:
+            sample = host_collate(samples)
+        except (TypeError, AttributeError):
+            sample = host_collate([markers.as_lists(sample) for sample in samples])
+        return Batch(
+            rows=torch.tensor([item.row for item in items], dtype=torch.int64),
+            keys=torch.tensor([item.key for item in items], dtype=torch.int64),
+            images=torch.stack([item.image for item in items]),
+            sample=markers.with_places(sample),
+        )
+
+    def with_views(self, sample: Any, views: Sequence[Tensor]) -> Any:
+        """Return the host's own batch: a collated sample with views in their place.
+
+        Args:
+            sample: `Batch.sample`, from `collate`.
+            views: V views, each float (B, C, h, w).
+
+        Raises:
+            UserError: the host's collate has not kept the place, or the number of views differs.
+        """
+        alone = len(views) == 1 and view_pipelines(self.transform) is None
+        return markers.with_views(sample, views, self.places, alone)
+
+    def close(self) -> None:
+        """Let go of the copy; the data set itself was never changed."""
+        self._probed, self._closed = None, True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the copy: another process makes its own."""
+        return {**vars(self), "_probed": None}
+
+    def __enter__(self) -> RawDataset:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _name(self) -> str:
+        return type(self.dataset).__name__
+
+    def _with_probe(self, views: int | None) -> Any:
+        probe = Probe(self._canonical, views)
+        return wrappers.with_transform(self.dataset, lambda _: probe)
+
+    def _read(self, row: int) -> Any:
+        if self._closed:
+            raise SampleError(f"This raw {self._name} is closed; open the data set again.")
+        if self._process != os.getpid() or self._probed is None:
+            # Files that the copy has raw meanwhile (h5) are of no use in another process.
+            self._probed, self._process = self._with_probe(self._views), os.getpid()
+        return read(self._probed, row)
+
+    def _count_places(self) -> int:
+        """Read the first sample; one that unpacks its views is tried with 2, 3, … of them."""
+        for views in (None, *range(2, MOST_VIEWS + 1)):
+            self._views, self._probed = views, self._with_probe(views)
+            try:
+                places = len(markers.find(self._read(0)))
+            except UserError:
+                raise
+            except (TypeError, ValueError, AttributeError) as error:
+                reason = f" ({type(error).__name__}: {error})"
+                continue
+            if places:
+                return places
+            reason = ""
+        raise UserError(
+            f"{self._name} does not return what its transform makes{reason}, so the place of the "
+            "views in a sample is not known; apply `self.transform` to the image and return the "
+            "result as it is."
+        )
+
+
+class Probe:
+    """Stands where the host's transform was; returns the image itself, marked."""
+
+    def __init__(self, canonical: Canonical, views: int | None) -> None:
+        self._canonical = canonical
+        self._views = views
+
+    def __call__(self, image: Any) -> markers.ViewMarker:
+        """Return the mark of a canonical image."""
+        return markers.ViewMarker(self._canonical(image), self._views)
+
+
+def read(dataset: Any, row: int) -> Any:
+    """Return `dataset[row]`.
+
+    Raises:
+        SampleError: the image cannot be read; its file is named where it is known.
+    """
+    try:
+        return dataset[row]
+    except UserError as error:
+        file = wrappers.file_of(dataset, row) or f"row {row}"
+        raise SampleError(f"{file}: {error}") from error
+    except UNREADABLE as error:
+        path = wrappers.file_of(dataset, row)
+        where = f"{path} (row {row})" if path else f"row {row} of {type(dataset).__name__}"
+        raise SampleError(
+            f"Cannot read the image {where}: {error}; replace or remove the file."
+        ) from error

@@ -1,0 +1,173 @@
+"""A poison added to the images of a data set as they are loaded, before the host's transform."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import wrappers
+from cp_plugin.data.image import Canonical, image_key, is_image, like
+from cp_plugin.data.in_memory import AddMany, change_once
+from cp_plugin.data.labels import UNLABELLED, labels
+from cp_plugin.data.raw import read
+from cp_plugin.data.slots import rebuilt
+
+Add = Callable[[Tensor, int, int], Tensor]
+"""From a canonical image uint8 (3, H, W), its key and its label, the poisoned image."""
+
+_label: ContextVar[int] = ContextVar("label", default=UNLABELLED)
+
+
+class PreTransformDataset(Dataset[Any]):
+    """A map-style data set whose images are changed before its transform; nothing else is.
+
+    The transform gets the type it had got before: PIL image, array or tensor. A data set without
+    a transform (`TensorDataset`) has the first image of each sample changed. All other
+    attributes (`classes`, `targets`, …) are those of the data set.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        add: Add,
+        image_size: int | None = None,
+        add_many: AddMany | None = None,
+    ) -> None:
+        """Wrap a data set, which stays as it is.
+
+        Args:
+            dataset: the data set of clean images.
+            add: from canonical image, key and label (-1: unlabelled) to the image to train on.
+            image_size: side of the canonical images in pixels; None keeps each image's size.
+            add_many: the same for a batch; with it, images that the data set holds in memory are
+                changed once, now.
+
+        Raises:
+            UserError: the data set streams, or is empty.
+        """
+        wrappers.check_map_style(dataset)
+        self.dataset = dataset
+        self._change = Change(add, Canonical(image_size))
+        self._changed_arrays = add_many and change_once(dataset, Canonical(image_size), add_many)
+        found = labels(dataset)
+        self._labels = None if found is None else found.tolist()
+        self._built: Built | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        """Return the data set's own sample, made from the changed image.
+
+        Raises:
+            UserError: the image cannot be read (the file is named), or there is none.
+        """
+        row = range(len(self))[row]
+        known = _label.set(UNLABELLED if self._labels is None else self._labels[row])
+        try:
+            changed = self._changed()
+            if changed is not None:
+                return read(changed, row)
+            return self._with_first_image_changed(read(self.dataset, row))
+        finally:
+            _label.reset(known)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what another process makes for itself."""
+        return {**vars(self), "_built": None}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "dataset":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
+    @property
+    def transform(self) -> Any:
+        """The transform that follows the poison; it can be set."""
+        return wrappers.pipeline_of(self.dataset)
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset = wrappers.with_transform(self.dataset, lambda _: transform)
+
+    def _changed(self) -> Any:
+        """The data set with the poison before its transform; None where it has no transform."""
+        built = self._built
+        if built is None or built.source is not self.dataset or built.process != os.getpid():
+            self._built = Built(self.dataset, self._made(), os.getpid())
+        return cast(Built, self._built).changed
+
+    def _made(self) -> Any:
+        dataset = self._changed_arrays.put_into(self.dataset) if self._changed_arrays else None
+        if dataset is not None:
+            return dataset
+        served = bool(wrappers.transforms_of(self.dataset))
+        return wrappers.with_transform(self.dataset, self._change.before) if served else None
+
+    def _with_first_image_changed(self, sample: Any) -> Any:
+        done = False
+
+        def change(value: Any) -> Any:
+            nonlocal done
+            if done or not is_image(value):
+                return value
+            done = True
+            return self._change(value)
+
+        result = rebuilt(sample, change)
+        if not done:
+            raise UserError(
+                f"{type(self.dataset).__name__} returns no image (C, H, W) to poison; wrap a data "
+                "set of images."
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was made of a data set; no container, so that it is not taken for a second one."""
+
+    source: Any
+    changed: Any
+    process: int
+    """Files that a data set has raw (h5) are of no use in another process."""
+
+
+class Change:
+    """Applies a poison to an image, whatever its type."""
+
+    def __init__(self, add: Add, canonical: Canonical) -> None:
+        self._add = add
+        self._canonical = canonical
+
+    def __call__(self, image: Any) -> Any:
+        """Return the changed image, of the type of the given one."""
+        clean = self._canonical(image)
+        return like(self._add(clean, image_key(clean), _label.get()), image)
+
+    def before(self, transform: Callable[[Any], Any] | None) -> ChangedFirst:
+        """Return a transform that changes the image and then does what the given one does."""
+        return ChangedFirst(self, transform)
+
+
+class ChangedFirst:
+    """A poison, then the host's transform."""
+
+    def __init__(self, change: Change, transform: Callable[[Any], Any] | None) -> None:
+        self._change = change
+        self._transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        """Return the transform's result on the changed image."""
+        changed = self._change(image)
+        return changed if self._transform is None else self._transform(changed)
+
+    def __repr__(self) -> str:
+        return f"poison, {self._transform!r}"

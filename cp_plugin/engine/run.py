@@ -1,0 +1,311 @@
+"""One run of the embedded engine: a configuration in, a folder with everything out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from cp_plugin.attack.noise import sample_noise
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
+from cp_plugin.callbacks.base import POISON_FILE
+from cp_plugin.callbacks.progress import RunProgress
+from cp_plugin.callbacks.supervised import crafter
+from cp_plugin.config.selection import CRAFTED, GROUPS, Selection
+from cp_plugin.config.settings import InjectConfig, UserError
+from cp_plugin.data import load
+from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.mirror import mirror
+from cp_plugin.util.provenance import command, hardware, versions
+
+log = logging.getLogger("cp_plugin")
+
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+CHECKPOINT = "last"
+AUGMENT = ("mirror", "host")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Craft a poison, train a victim or a clean baseline, as the configuration says.
+
+    Args:
+        cfg: solo-learn's schema, with the groups `poison`, `monitor` and `defence` where selected.
+
+    Returns:
+        What is in `result.json`, with the run's folder as `folder`.
+
+    Raises:
+        UserError: anything in the configuration, the data or the poison that the user can mend.
+    """
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # they set INFO when imported
+        logging.getLogger(name).setLevel(logging.WARNING)
+    selection, settings = check(cfg)
+    folder, checkpoint, finished = _folder(settings, selection)
+    if finished is not None:
+        log.info("%s is finished; nothing to do", folder)
+        return {**finished, "folder": str(folder)}
+    seed_everything(settings.seed, workers=True, verbose=False)
+    train, test = _data(settings)
+    name_classes(settings, train)
+    train.transform = build_pipeline(settings)
+    view_mirror = mirror(train.transform)
+    module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
+    loader = _loader(train, settings)
+    callbacks = _callbacks(selection, settings, folder, train, test, view_mirror.crop_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(settings, folder / CONFIG_FILE, resolve=True)
+    started = time.perf_counter()
+    trainer = Trainer(
+        max_epochs=settings.max_epochs,
+        accelerator=settings.accelerator,
+        devices=_devices(settings.devices),
+        strategy=settings.strategy or "auto",
+        precision=settings.precision,
+        num_nodes=settings.num_nodes,
+        sync_batchnorm=settings.sync_batchnorm,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        callbacks=callbacks,
+        logger=list(_loggers(folder, settings)),
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=min(50, len(loader)),
+    )
+    trainer.fit(module, loader, ckpt_path=checkpoint or settings.resume_from_checkpoint)
+    if settings.checkpoint.enabled:
+        trainer.save_checkpoint(folder / f"{CHECKPOINT}.ckpt")
+    result = _result(selection, settings, callbacks, trainer, time.perf_counter() - started)
+    _write(folder / RESULT_FILE, result)
+    return {**result, "folder": str(folder)}
+
+
+def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
+    """Return what a configuration selects and its completed settings; nothing is read or trained.
+
+    Raises:
+        UserError: an unknown name, a missing key, a value out of range, or poison and method do
+            not go together.
+    """
+    selection, settings = _selection(cfg), complete(_without_gpu(cfg))
+    check_method(selection, settings)
+    selection.check_method(settings.method)
+    return selection, settings
+
+
+def _selection(cfg: DictConfig) -> Selection:
+    groups = []
+    for group in GROUPS:
+        node = OmegaConf.select(cfg, group, default=None)
+        groups.append(OmegaConf.to_container(node) if isinstance(node, DictConfig) else None)
+    return Selection.of(*groups)  # type: ignore[arg-type]
+
+
+def _without_gpu(cfg: DictConfig) -> DictConfig:
+    """Let a configuration that asks for GPUs run on a machine that has none."""
+    if cfg.get("accelerator") not in ("gpu", "cuda") or torch.cuda.is_available():
+        return cfg
+    changes = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "sync_batchnorm": False}
+    if str(cfg.get("precision")).startswith("16"):
+        # On a processor without AVX512 bf16 convolutions were seen ten times slower than float32.
+        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        changes["precision"] = "bf16-mixed" if fast else "32"
+    log.warning("no GPU here: %s", " ".join(f"{key}={value}" for key, value in changes.items()))
+    changed = cfg.copy()
+    OmegaConf.set_struct(changed, False)
+    changed.update(changes)
+    return changed
+
+
+def _folder(
+    cfg: DictConfig, selection: Selection
+) -> tuple[Path, str | None, dict[str, Any] | None]:
+    """Return the run's folder, the checkpoint to go on from, and the result if it is finished."""
+    unnamed = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(unnamed, dict)
+    for key in ("auto_resume", "checkpoint", "wandb", "hydra"):
+        unnamed.pop(key, None)
+    name = f"{cfg.name}-{selection.tag(unnamed)}"  # type: ignore[arg-type]
+    parent = Path(cfg.checkpoint.dir) / cfg.method
+    earlier = [parent / name, *sorted(parent.glob(f"{name}-[0-9]*"), key=_number)]
+    existing = [folder for folder in earlier if folder.is_dir()]
+    if cfg.auto_resume.enabled and existing:
+        newest = existing[-1]
+        if (newest / RESULT_FILE).is_file():
+            return newest, None, json.loads((newest / RESULT_FILE).read_text(encoding="utf8"))
+        checkpoint = newest / f"{CHECKPOINT}.ckpt"
+        return newest, str(checkpoint) if checkpoint.is_file() else None, None
+    if not existing:
+        return parent / name, None, None
+    return parent / f"{name}-{_number(existing[-1]) + 1}", None, None
+
+
+def _number(folder: Path) -> int:
+    tail = folder.name.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() and len(tail) < 8 else 1
+
+
+def _data(cfg: DictConfig) -> tuple[Any, Any]:
+    if cfg.data.fraction > 0:
+        raise UserError(
+            "data.fraction is not served by the embedded engine; give a smaller folder of images, "
+            "or poison.fraction to poison a part."
+        )
+    return load(cfg.data.dataset, cfg.data.train_path, cfg.data.val_path, cfg.data.no_labels)
+
+
+def _loader(train: Any, cfg: DictConfig) -> DataLoader[Any]:
+    if len(train) < cfg.optimizer.batch_size:
+        raise UserError(
+            f"expected at least one batch of {cfg.optimizer.batch_size} images, got {len(train)}; "
+            "set optimizer.batch_size to fewer."
+        )
+    return DataLoader(
+        train,
+        batch_size=cfg.optimizer.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=cfg.data.num_workers,
+        persistent_workers=cfg.data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _callbacks(
+    selection: Selection,
+    cfg: DictConfig,
+    folder: Path,
+    train: Any,
+    test: Any,
+    image_size: int | None,
+) -> list[Callback]:
+    augment = cfg.get("augment", "host")
+    if augment not in AUGMENT:
+        raise UserError(f"augment must be one of {', '.join(AUGMENT)}; got {augment!r}.")
+    callbacks: list[Callback] = []
+    poison = selection.poison
+    if isinstance(poison, CRAFTED):
+        callbacks.append(crafter(poison, dir=poison.dir or str(folder)))
+    else:
+        if isinstance(poison, InjectConfig):
+            callbacks.append(InjectPoison(poison.path, poison.fraction, folder))
+        elif poison is not None:
+            noise = sample_noise(train, image_size, poison, cfg.seed)
+            if not (folder / POISON_FILE).exists():
+                noise.save(folder / POISON_FILE)
+            callbacks.append(InjectPoison(noise))
+        if selection.defence is not None:
+            callbacks.append(Defence(selection.defence_name, **vars(selection.defence)))
+        if augment == "mirror":
+            callbacks.append(MirrorViews())
+    if selection.monitor is not None:
+        callbacks.append(KNNMonitor(train, _test_set(test), **vars(selection.monitor)))
+    if cfg.checkpoint.enabled:
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename=CHECKPOINT if not cfg.checkpoint.keep_prev else "{epoch}",
+                save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
+                save_last=cfg.checkpoint.keep_prev,
+                every_n_epochs=cfg.checkpoint.frequency,
+                enable_version_counter=False,
+                save_on_train_epoch_end=True,
+            )
+        )
+    return [*callbacks, RunProgress(f"{cfg.method} {selection.label}")]
+
+
+def _test_set(test: Any) -> Any:
+    if test is None:
+        raise UserError(
+            "+monitor=knn needs labelled test images; set data.val_path=FOLDER, or leave the "
+            "monitor out."
+        )
+    # The monitor opens it as it opens the training set: before a transform, even if there is none.
+    return test
+
+
+def _loggers(folder: Path, cfg: DictConfig) -> Iterable[Logger]:
+    yield CSVLogger(folder, name="", version="logs")
+    try:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        yield TensorBoardLogger(folder, name="", version="logs")
+    except ModuleNotFoundError:
+        pass
+    if OmegaConf.select(cfg, "wandb.enabled", default=False):
+        log.warning("the embedded engine logs to CSV and TensorBoard; wandb is left out")
+
+
+def _devices(devices: Any) -> Any:
+    return OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
+
+
+def _result(
+    selection: Selection,
+    cfg: DictConfig,
+    callbacks: Iterable[Callback],
+    trainer: Trainer,
+    seconds: float,
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "poison": selection.name,
+        "defence": selection.defence_name,
+        "defence_settings": None if selection.defence is None else vars(selection.defence),
+        "granularity": None,
+        "eps": None,
+        "fraction": None,
+        "method": cfg.method,
+        "dataset": cfg.data.dataset,
+        "seed": cfg.seed,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 1),
+    }
+    for callback in callbacks:
+        if isinstance(callback, (CraftPoison, InjectPoison)):
+            poison = callback.poison()
+            result.update(_of_poison(poison))
+        if isinstance(callback, Defence):
+            result["defence_facts"] = callback.facts()
+        if isinstance(callback, RunProgress):
+            result["resumed_from_step"] = callback.first_step
+        if isinstance(callback, KNNMonitor):
+            result["knn"] = callback.results
+            last = callback.results[-1]
+            result.update(
+                {key: last[key] for key in last if key not in ("epoch", "step", "seconds")}
+            )
+    loss = trainer.callback_metrics.get("train_loss")
+    result["train_loss"] = None if loss is None else float(loss)
+    result.update(hardware=hardware(), versions=versions(), command=command())
+    return result
+
+
+def _of_poison(poison: Poison) -> dict[str, Any]:
+    schedule = json.loads(poison.info.get("schedule", "{}"))
+    return {
+        "granularity": poison.granularity,
+        "eps": poison.eps,
+        "fraction": poison.fraction,
+        "surrogate": poison.info.get("method"),
+        "surrogate_steps": schedule.get("surrogate_steps_done"),
+    }
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1), encoding="utf8")
+    partial.replace(path)

@@ -1,0 +1,18 @@
+"""Frameworks of SSL methods behind one protocol, and gradients through their momentum branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.solo_learn import SoloHost, is_solo
+
+
+def adapt(module: Any, *arguments: Any) -> LightningHost:
+    """Return the host of a module, by the framework that it belongs to.
+
+    Args:
+        module: a LightningModule.
+        arguments: those of `LightningHost` after the module.
+    """
+    return (SoloHost if is_solo(module) else LightningHost)(module, *arguments)

@@ -1,0 +1,125 @@
+"""What every host that is a torch module has in common: its momentum branch and its encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.branch import Branch
+from cp_plugin.hosts.observe import named_networks
+
+ENCODER_NAMES = (
+    (
+        *("backbone", "encoder", "online_backbone", "student_backbone", "online_encoder"),
+        *("student_encoder", "query_backbone", "encoder_q", "backbone_q"),
+    ),
+    ("online", "student", "model", "network", "net", "resnet", "vit"),
+)
+"""What encoders are called: names that mean it first, wherever they stand, then names that may."""
+
+
+class ModuleHost:
+    """A module that owns a method, but for the way to its loss."""
+
+    framework = "lightly"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        momentum_modules: str | Sequence[str] = "auto",
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            module: it owns every parameter and buffer of the method.
+            method: its name.
+            momentum_modules: names of the momentum branch's modules, or `auto`.
+            precision: makes the context that casts as training does.
+
+        Raises:
+            UserError: `momentum_modules` names no network of the module.
+        """
+        self.module = module
+        self.method = method
+        self.branch = Branch(module, momentum_modules)
+        self.encoder_name: str | None = None
+        """Dotted name of the encoder; None: the first under the usual names."""
+        self._precision = precision
+
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Return the loss of the views; each kind of host has its own way to it."""
+        raise NotImplementedError
+
+    @property
+    def _momentum(self) -> dict[str, nn.Module]:
+        """The momentum branch by name, for hosts that know theirs and set it."""
+        return self.branch.found
+
+    @_momentum.setter
+    def _momentum(self, found: dict[str, nn.Module]) -> None:
+        self.branch.found = found
+
+    @property
+    def momentum_names(self) -> tuple[str, ...]:
+        """Names of the momentum branch's modules."""
+        return tuple(self.branch.found)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
+    def momentum_modules(self) -> Sequence[nn.Module]:
+        """Return the momentum branch as it is now; a step may have replaced its modules."""
+        return self.branch.modules()
+
+    def encoder(self) -> nn.Module:
+        """Return the module whose output is the representation.
+
+        Raises:
+            UserError: there is no network of the name given, or none of the usual names.
+        """
+        networks = named_networks(self.module)
+        if self.encoder_name is not None:
+            if self.encoder_name not in networks:
+                raise UserError(
+                    f"{self.method} has no network called {self.encoder_name!r}; known: "
+                    f"{', '.join(name for name in networks if '.' not in name)}."
+                )
+            return networks[self.encoder_name]
+        for names in ENCODER_NAMES:
+            for wanted in names:
+                for name, network in networks.items():
+                    if name.rpartition(".")[2] == wanted and not _is_container(network):
+                        return network
+        raise UserError(
+            f"{self.method} has no encoder under the usual names "
+            f"({', '.join(ENCODER_NAMES[0])}); name it with KNNMonitor(encoder=…)."
+        )
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Return features (B, D) of normalised images in eval mode."""
+        encoder = self.encoder()
+        modes = {child: child.training for child in encoder.modules()}
+        encoder.eval()
+        try:
+            with self._precision():
+                features: Tensor = encoder(images_BCHW)
+        finally:
+            for child, training in modes.items():
+                child.training = training
+        return features.flatten(1).float()
+
+
+def _is_container(network: nn.Module) -> bool:
+    """Tell a module without a forward of its own from one that can be called."""
+    return type(network).forward is nn.Module.forward

@@ -1,0 +1,80 @@
+"""What stock solo-learn trains on, checked as soon as it is loaded.
+
+Loggers make their folders before any callback of Lightning's runs; what is refused here is refused
+before that, with nothing written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cp_plugin.attack.inject import part
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.selection import Selection
+from cp_plugin.config.settings import InjectConfig, UserError
+from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.hosts.checks import check_pipeline
+from cp_plugin.mirror import mirror
+
+LoaderMaker = Callable[..., DataLoader[Any]]
+
+
+def checked(prepare: LoaderMaker, selection: Selection, method: str) -> LoaderMaker:
+    """Return solo-learn's `prepare_dataloader` with a look at what it has made.
+
+    Args:
+        prepare: solo-learn's own.
+        selection: the poison and the monitor.
+        method: the name of the method that is trained.
+    """
+
+    @functools.wraps(prepare)
+    def prepare_dataloader(*args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader = prepare(*args, **kwargs)
+        check_loader(loader, selection, method)
+        return loader
+
+    return prepare_dataloader
+
+
+def check_loader(loader: DataLoader[Any], selection: Selection, method: str) -> None:
+    """Check that the selected poison fits the images.
+
+    Args:
+        loader: of the training set.
+        selection: the poison and the monitor.
+        method: the name of the method that is trained.
+
+    Raises:
+        UserError: there are too few images, they lack labels or a mirror, or the poison belongs to
+            others.
+    """
+    dataset, poison = loader.dataset, selection.poison
+    if poison is None:
+        return
+    if len(loader) == 0:
+        raise UserError(
+            f"{len(dataset)} images make no batch of {loader.batch_size}; "  # type: ignore[arg-type]
+            "set optimizer.batch_size to fewer or check data.train_path."
+        )
+    if isinstance(poison, InjectConfig):
+        part(dataset, Poison.load(poison.path), 1.0)
+        return
+    if getattr(poison, "granularity", None) == "class":
+        _check_labels(dataset, selection.name)
+    pipeline = RawDataset(dataset, None).transform
+    check_pipeline(method, pipeline)
+    mirror(pipeline)
+
+
+def _check_labels(dataset: Any, name: str) -> None:
+    found = labels(dataset)
+    if found is None or class_names(dataset) is None or not bool((found >= 0).any()):
+        raise UserError(
+            f"poison={name} has one delta a class and these images have no labels; use labelled "
+            "images or poison.granularity=sample."
+        )

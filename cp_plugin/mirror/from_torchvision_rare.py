@@ -1,0 +1,144 @@
+"""Twins of torchvision's less usual transforms, v1 and v2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.mirror.base import LEVEL, ImageFormat, Operation
+from cp_plugin.mirror.containers import RandomApply, RandomChoice, RandomOrder
+from cp_plugin.mirror.erasing import RandomErasing
+from cp_plugin.mirror.from_torchvision import both, filter_of, pair, same_stage
+from cp_plugin.mirror.geometric import RandomPerspective, RandomRotation
+from cp_plugin.mirror.geometry import RandomCrop
+from cp_plugin.mirror.intensity import Autocontrast, Equalize, Invert, Posterize, Sharpness
+from cp_plugin.mirror.registry import Translator
+
+
+@both("RandomChoice")
+def random_choice(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomChoice."""
+    options = _branches(host, translator)
+    return RandomChoice(options, host.p or [1.0] * len(options), "RandomChoice")
+
+
+@both("RandomOrder")
+def random_order(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomOrder."""
+    return RandomOrder(_branches(host, translator), "RandomOrder")
+
+
+def _branches(host: Any, translator: Translator) -> list[Operation]:
+    format = translator.format
+    branches: list[Operation] = []
+    for transform in host.transforms:
+        branches.append(translator.sequence([transform]))
+        same_stage(format, translator.format, type(host).__name__)
+    return branches
+
+
+@both("RandomCrop")
+def random_crop(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomCrop."""
+    padding = host.padding or 0
+    values = [padding] if isinstance(padding, int) else list(padding)
+    left, top, right, bottom = values * (4 // len(values))
+    if type(host).__module__.startswith("torchvision.transforms.v2") and len(values) == 4:
+        left, right, top, bottom = values
+    scale = LEVEL if translator.format.rounds else 1.0
+    return RandomCrop(
+        pair(host.size),
+        (left, top, right, bottom),
+        host.pad_if_needed,
+        getattr(host.padding_mode, "value", host.padding_mode),
+        tuple(scale * value for value in _fill(host)),
+        "RandomCrop",
+    )
+
+
+def _fill(host: Any) -> tuple[float, ...]:
+    fill = 0 if host.fill is None else host.fill
+    if isinstance(fill, dict):
+        raise UserError(
+            f"{type(host).__name__} expected one fill for images, got {fill!r}: give a number or "
+            "one a channel."
+        )
+    values = [fill] if isinstance(fill, (int, float)) else list(fill)
+    return tuple(float(value) for value in values)
+
+
+def _on_pillow(host: Any, translator: Translator) -> None:
+    if translator.format is not ImageFormat.PILLOW:
+        raise UserError(
+            f"{type(host).__name__} expected a Pillow image, got {translator.format.value}: move "
+            "it "
+            "before the conversion to a tensor."
+        )
+
+
+@both("RandomRotation")
+def random_rotation(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomRotation."""
+    _on_pillow(host, translator)
+    if host.expand:
+        raise UserError(
+            "RandomRotation expected expand=False, since a batch has one size, got True."
+        )
+    centre = None if host.center is None else (float(host.center[0]), float(host.center[1]))
+    degrees = (float(host.degrees[0]), float(host.degrees[1]))
+    filter_name = filter_of(host, translator.format)
+    return RandomRotation(degrees, filter_name, centre, _fill(host), "RandomRotation")
+
+
+@both("RandomPerspective")
+def random_perspective(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomPerspective."""
+    _on_pillow(host, translator)
+    inner = RandomPerspective(
+        host.distortion_scale, filter_of(host, translator.format), _fill(host), "RandomPerspective"
+    )
+    return RandomApply(inner, host.p, "RandomPerspective")
+
+
+@both("RandomEqualize")
+def random_equalize(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomEqualize."""
+    return RandomApply(Equalize("RandomEqualize"), host.p, "RandomEqualize")
+
+
+@both("RandomInvert")
+def random_invert(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomInvert."""
+    return RandomApply(Invert("RandomInvert"), host.p, "RandomInvert")
+
+
+@both("RandomPosterize")
+def random_posterize(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomPosterize."""
+    return RandomApply(Posterize(host.bits, "RandomPosterize"), host.p, "RandomPosterize")
+
+
+@both("RandomAutocontrast")
+def random_autocontrast(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomAutocontrast."""
+    inner = Autocontrast(translator.format, "RandomAutocontrast")
+    return RandomApply(inner, host.p, "RandomAutocontrast")
+
+
+@both("RandomAdjustSharpness")
+def random_adjust_sharpness(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomAdjustSharpness."""
+    inner = Sharpness(host.sharpness_factor, translator.format, "RandomAdjustSharpness")
+    return RandomApply(inner, host.p, "RandomAdjustSharpness")
+
+
+@both("RandomErasing")
+def random_erasing(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomErasing."""
+    value = host.value
+    if value is None or value == "random":
+        values = None
+    else:
+        values = tuple(float(v) for v in ([value] if isinstance(value, (int, float)) else value))
+    scale, ratio = tuple(host.scale), tuple(host.ratio)
+    return RandomErasing(host.p, scale, ratio, values, "RandomErasing")

@@ -1,5 +1,0 @@
-"""Shipped as module `hydra_plugins.cp_plugin`, where Hydra looks for plugins."""
-
-from cp_plugin.hydra_plugin import CpPluginSearchPath
-
-__all__ = ["CpPluginSearchPath"]

@@ -1,0 +1,1 @@
+"""What every room needs: paths, seeds, provenance of results, patches."""

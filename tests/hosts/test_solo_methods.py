@@ -1,0 +1,279 @@
+"""One suite for every method of solo-learn: what the attack may rely on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.batch import Batch
+from cp_plugin.engine.solo_backbones import add_timm_backbone
+from cp_plugin.hosts import adapt
+from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
+from cp_plugin.hosts.solo_learn import NOT_SERVED, SoloHost
+from tests.bench.readme import README, solo_methods
+from tests.support.solo_served import HEADS, MOMENTUM, SERVED
+
+pytestmark = [  # of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
+    pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
+]
+
+BATCH, SIDE, STEP = 8, 12, 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _double_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def methods(solo_learn: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(solo_learn)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its old imports
+        return pytest.importorskip("solo.methods", reason="solo-learn's own requirements").METHODS
+
+
+def configuration(name: str, small_crops: int = 0) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(
+        {
+            "name": "test",
+            "method": name,
+            "backbone": {
+                "name": "timm/resnet18",
+                "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 16]},
+            },
+            "data": {
+                "dataset": "custom",
+                "num_large_crops": 2,
+                "num_small_crops": small_crops,
+                "num_classes": 10,
+            },
+            "optimizer": {
+                "name": "sgd",
+                "batch_size": BATCH,
+                "lr": 0.1,
+                "classifier_lr": 0.1,
+                "weight_decay": 0.0,
+                "kwargs": {},
+            },
+            "scheduler": {"name": "none", "interval": "epoch"},
+            "max_epochs": 5,
+            "momentum": {"base_tau": 0.99, "final_tau": 1.0, "classifier": True},
+            "method_kwargs": SERVED.get(name, {**HEADS, "temperature": 0.2}),
+        }
+    )
+
+
+def make(methods: Any, name: str, small_crops: int = 0) -> SoloHost:
+    """A method with smooth activations, a momentum branch of its own, and its training state."""
+    torch.manual_seed(0)
+    base = methods["base"]
+    undo = add_timm_backbone(base._BACKBONES, "timm/resnet18", SIDE)
+    try:
+        module = methods[name](configuration(name, small_crops))
+    finally:
+        undo()
+    for parent in module.modules():  # kinks make finite differences inexact
+        for child_name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(parent, child_name, nn.GELU())
+    for _, momentum in getattr(module, "momentum_pairs", []):
+        for parameter in momentum.parameters():
+            parameter.data += 0.1 * parameter.std().nan_to_num(0) * torch.randn_like(parameter)
+    as_in_training(module, name)
+    for child in module.modules():
+        if type(child).__name__ == "IterNorm":  # has a backward pass of its own: nothing is stopped
+            child.forward = unseen_by_modes(child.forward)
+    host = adapt(module.eval(), with_views)
+    assert isinstance(host, SoloHost)
+    return host
+
+
+def as_in_training(module: Any, name: str) -> None:
+    """What two methods set up in `on_train_start`, for which they need a trainer."""
+    if name == "swav":
+        from solo.utils.sinkhorn_knopp import SinkhornKnopp
+
+        module.sk = SinkhornKnopp(3, 0.05, 1)
+        module.register_buffer("queue", nn.functional.normalize(torch.randn(2, 16, 8), dim=-1))
+    if name == "deepclusterv2":
+        module.assignments = torch.randint(0, 12, (2, BATCH))
+        module.register_buffer("local_memory_index", torch.zeros(BATCH).long())
+        module.register_buffer("local_memory_embeddings", torch.randn(2, BATCH, 8))
+
+
+def unseen_by_modes(forward: Any) -> Any:
+    def call(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return forward(*args)
+
+    return call
+
+
+def with_views(sample: Any, views: Any) -> Any:
+    return [sample[0], list(views), sample[2]]
+
+
+def batch(label: int = 0) -> Batch:
+    images = torch.zeros(BATCH, 3, SIDE, SIDE, dtype=torch.uint8)
+    rows = torch.arange(BATCH)
+    return Batch(rows, rows, images, [rows, None, torch.full((BATCH,), label)])
+
+
+def views_of(images: Tensor, small_crops: int = 0) -> list[Tensor]:
+    small = [images[..., 2:10, 2:10] * (1 + crop) for crop in range(small_crops)]
+    return [images * 2 - 1, images.flip(-1) * 1.5, *small]
+
+
+class Hold(TorchFunctionMode):
+    """Stop-gradients recorded at the first loss, and the same values in every later one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[Any] = []
+        self.at: int | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        # Python calls `__get__` for attributes, autograd `view_as` for functions of one's own.
+        is_operation = name not in ("__get__", "view_as")
+        stops = name == "detach" or (is_operation and not torch.is_grad_enabled())
+        tensors = [
+            item
+            for value in args
+            for item in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(item, Tensor)
+        ]
+        if not stops or not any(tensor.requires_grad for tensor in tensors):
+            return func(*args, **(kwargs or {}))
+        if self.at is None:
+            self.recorded.append(func(*args, **(kwargs or {})))
+            return self.recorded[-1]
+        self.at += 1
+        return self.recorded[self.at - 1]
+
+
+def loss(
+    host: SoloHost, images: Tensor, delta: Tensor, hold: Hold, dual: bool = True, crops: int = 0
+) -> Tensor:
+    """The loss with gradients gradients, the host's random numbers fixed."""
+    torch.manual_seed(1)
+    gradients = momentum_gradients(host.module, host.momentum_modules() if dual else ())
+    with hold, gradients:
+        value = host.loss(views_of(images + delta, crops), batch())
+    check_momentum_gradients(gradients, value, delta)
+    return value
+
+
+def slope(
+    host: SoloHost, images: Tensor, direction: Tensor, dual: bool, hold: Hold, crops: int = 0
+) -> float:
+    delta = torch.zeros_like(images, requires_grad=True)
+    with preserve_state(host.module):
+        value = loss(host, images, delta, hold, dual, crops)
+        (gradient,) = torch.autograd.grad(value, delta)
+    assert bool(gradient.isfinite().all())
+    return float((gradient * direction).sum())
+
+
+def true_slope(
+    host: SoloHost, images: Tensor, direction: Tensor, hold: Hold, crops: int = 0
+) -> float:
+    """The central difference of fourth order; its step is long enough to leave rounding behind."""
+    total = 0.0
+    for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+        hold.at = 0
+        delta = (steps * STEP * direction).requires_grad_()
+        with preserve_state(host.module):
+            value = loss(host, images, delta, hold, crops=crops).detach()
+        total += weight * float(value)
+    return total / (12 * STEP)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_gradient_is_the_true_one_and_the_host_is_left_alone(methods: Any, name: str) -> None:
+    host = make(methods, name)
+    assert bool(host.momentum_modules()) == (name in MOMENTUM)
+    images, direction = torch.rand(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, 3, SIDE, SIDE)
+    before = {key: value.clone() for key, value in host.module.state_dict().items()}
+    numbers = torch.get_rng_state()
+    hold = Hold()
+    gradients = slope(host, images, direction, True, hold)
+    stock = slope(host, images, direction, False, Hold())
+    true = true_slope(host, images, direction, hold)
+    assert gradients != 0
+    assert gradients == pytest.approx(true, rel=1e-5)
+    if name in MOMENTUM:
+        assert abs(stock - true) > 1e-3 * abs(true)
+    after = host.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert not {"base_training_step", "_shared_step_momentum", "log"} & vars(host.module).keys()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_loss_is_the_ssl_loss_alone_and_no_label_leaks(methods: Any, name: str) -> None:
+    host = make(methods, name)
+    images = torch.rand(BATCH, 3, SIDE, SIDE)
+    found = []
+    for label in (0, 7, -1):  # -1 is solo-learn's unlabelled: its own class loss is NaN then
+        torch.manual_seed(1)
+        delta = torch.zeros_like(images, requires_grad=True)
+        with preserve_state(host.module):
+            with momentum_gradients(host.module, host.momentum_modules()):
+                value = host.loss(views_of(images + delta), batch(label))
+            found.append((value.detach(), torch.autograd.grad(value, delta)[0]))
+    for value, gradient in found:
+        assert torch.equal(value, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+    with preserve_state(host.module):
+        torch.manual_seed(1)
+        whole = host.module.training_step(with_views(batch().sample, views_of(images)), 0)
+    assert whole > found[0][0] + 0.1  # its own step adds the classifiers' cross-entropy
+
+
+@pytest.mark.parametrize("name", ["swav", "simclr", "byol", "dino"])
+def test_small_crops_have_a_gradient_too(methods: Any, name: str) -> None:
+    host = make(methods, name, small_crops=2)
+    images, direction = torch.rand(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, 3, SIDE, SIDE)
+    hold = Hold()
+    gradients = slope(host, images, direction, True, hold, crops=2)
+    assert gradients == pytest.approx(true_slope(host, images, direction, hold, 2), rel=1e-5)
+
+
+def test_every_method_is_served_or_refused_with_a_reason(methods: Any) -> None:
+    assert set(methods) == set(SERVED) | set(NOT_SERVED)
+
+
+def test_the_readme_lists_what_is_served_and_refused() -> None:
+    listed = f"<!-- solo-methods:begin -->\n{solo_methods()}\n<!-- solo-methods:end -->"
+    assert listed in README.read_text(), "run python -m tests.bench.readme"
+
+
+def test_a_method_that_is_not_served_says_why(methods: Any) -> None:
+    host = make(methods, "supcon")
+    images = torch.rand(BATCH, 3, SIDE, SIDE)
+    with pytest.raises(UserError, match=r"method=supcon: its loss compares labels"):
+        host.loss(views_of(images), batch())
+
+
+def test_the_online_backbone_is_what_is_evaluated(methods: Any) -> None:
+    host = make(methods, "byol")
+    features = host.encode(torch.rand(2, 3, SIDE, SIDE))
+    assert features.shape == (2, host.module.features_dim) == (2, 16)

@@ -1,0 +1,118 @@
+"""What the package promises of its structure, and that cheap imports stay cheap."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+import cp_plugin
+from tests import architecture
+
+ROOMS = (
+    *("util", "config", "data", "mirror", "hosts", "defences", "attack", "evaluation", "loop"),
+    *("callbacks", "engine", "integrations", "apps"),
+)
+"""From the lowest to the highest: a room imports only rooms before it."""
+PRIVATE_WORDS = re.compile(
+    r"\b(passport|opened_loader|Opened|AskingAttack|AskingCrafting|Untouched|untouched|settling"
+    r"|DrawPoison|neighbours_of|check_release|release_of)\b"
+)
+"""Words of our own for which the field has a term."""
+LONGEST_FUNCTION = 60
+"""Lines, its docstring left out: what fits a screen."""
+
+
+def test_a_room_imports_only_rooms_below_it() -> None:
+    graph = architecture.room_graph()
+    assert set(graph) == set(ROOMS)
+    upward = [(a, b) for a, b in graph.edges if ROOMS.index(a) < ROOMS.index(b)]
+    assert upward == []
+
+
+def test_no_circles() -> None:
+    assert architecture.circles(architecture.room_graph()) == []
+    assert architecture.circles(architecture.module_graph()) == []
+
+
+def test_the_root_of_the_package_is_small() -> None:
+    package = architecture.ROOT / architecture.PACKAGE
+    entries = [path for path in package.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 15
+    for room in ROOMS:
+        path = package / room
+        text = path.with_suffix(".py") if room == "loop" else path / "__init__.py"
+        assert ast.get_docstring(ast.parse(text.read_text(encoding="utf8")))
+
+
+def functions() -> list[tuple[str, int]]:
+    """Return every function of the package and its lines without the docstring."""
+    found = []
+    for module, path in architecture.modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                start = body[0].lineno if body else node.lineno
+                found.append((f"{module}.{node.name}", (node.end_lineno or start) - start + 1))
+    return found
+
+
+def test_a_function_fits_a_screen() -> None:
+    assert [name for name, lines in functions() if lines > LONGEST_FUNCTION] == []
+
+
+def test_terms_are_those_of_the_field() -> None:
+    found = [
+        (name, match.group())
+        for name, path in architecture.modules().items()
+        for match in PRIVATE_WORDS.finditer(path.read_text(encoding="utf8"))
+    ]
+    assert found == []
+
+
+IMPORTS = [
+    *[
+        (name, ("torch", "faiss", "timm", "lightning", "lightly", "matplotlib"))
+        for name in ("cp_plugin", "hydra_plugins.cp_plugin", "cp_plugin.apps.cli")
+    ],
+    ("cp_plugin.loop", ("lightning", "pytorch_lightning", "hydra", "lightly")),
+]
+
+
+@pytest.mark.parametrize(("module", "heavy"), IMPORTS, ids=[name for name, _ in IMPORTS])
+def test_importing_loads_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
+    program = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules], end='')"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("[]", "")
+
+
+def test_public_names_are_there() -> None:
+    callbacks = {"CraftPoison", "Defence", "InjectPoison", "KNNMonitor"}
+    loops = {"PoisonLoop", "defended", "poisoned"}
+    assert set(cp_plugin.__all__) == callbacks | loops | {"Poison"}
+    for name in cp_plugin.__all__:
+        assert getattr(cp_plugin, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = cp_plugin.Nothing
+
+
+@pytest.mark.parametrize(
+    ("room", "names"),
+    [
+        ("callbacks", ("CraftErrorMin", "CraftPoison", "CraftTap", "Defence", "InjectPoison",
+                       "KNNMonitor", "MirrorViews", "inject")),
+        ("mirror", ("Mirror", "Operation", "Params", "Shape", "mirror", "register_twin")),
+        ("defences", ("Completions", "Cutout", "GaussianNoise", "Mixing", "Pixels", "Private",
+                      "Smoothing", "adversarial_views", "complete", "complete_images",
+                      "completions_of", "defended", "soft_threshold", "with_group_norm")),
+        ("hydra_plugin", ("Activation",)),
+    ],
+)  # fmt: skip
+def test_names_of_version_0_1_still_import(room: str, names: tuple[str, ...]) -> None:
+    from hydra.utils import get_object
+
+    for name in names:
+        assert get_object(f"cp_plugin.{room}.{name}")
