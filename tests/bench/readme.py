@@ -1,4 +1,4 @@
-"""Fill the README's tables from the newest results: `python -m tests.bench.readme`.
+"""Fill the tables of the README files from the newest results: `python -m tests.bench.readme`.
 
 Text between `<!-- theme:begin -->` and `<!-- theme:end -->` is replaced. A theme is a function in
 `THEMES` that turns the result files of that name into Markdown, or one in `LISTS`, which needs no
@@ -18,7 +18,9 @@ from tests.bench.provenance import RESULTS, source
 from tests.bench.study_tables import augment, curves, reproduction, study
 from tests.support.solo_served import MOMENTUM, SERVED
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "tests" / "examples" / "README.md"
+PAGES = (ROOT / "README.md", EXAMPLES, RESULTS / "README.md")
 Result = dict[str, Any]
 
 
@@ -234,15 +236,14 @@ def fill(text: str, theme: str, table: str) -> str:
 
 
 def main() -> None:
-    """Fill every list, and every theme that has results."""
-    text = README.read_text()
-    for theme, make in THEMES.items():
-        results = results_of(theme)
-        if results:
-            text = fill(text, theme, make(results))
-    for name, listed in LISTS.items():
-        text = fill(text, name, listed())
-    README.write_text(text)
+    """Fill every list, and every theme that has results, on every page."""
+    tables = {theme: make(found) for theme, make in THEMES.items() if (found := results_of(theme))}
+    tables |= {name: listed() for name, listed in LISTS.items()}
+    for page in PAGES:
+        text = page.read_text(encoding="utf8")
+        for theme, table in tables.items():
+            text = fill(text, theme, table)
+        page.write_text(text, encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from cp_plugin.engine.solo_backbones import add_timm_backbone
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 from cp_plugin.hosts.solo_learn import NOT_SERVED, SoloHost
-from tests.bench.readme import README, solo_methods
+from tests.bench.readme import EXAMPLES, solo_methods
 from tests.support.solo_served import HEADS, MOMENTUM, SERVED
 
 pytestmark = [  # of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening
@@ -263,7 +263,7 @@ def test_every_method_is_served_or_refused_with_a_reason(methods: Any) -> None:
 
 def test_the_readme_lists_what_is_served_and_refused() -> None:
     listed = f"<!-- solo-methods:begin -->\n{solo_methods()}\n<!-- solo-methods:end -->"
-    assert listed in README.read_text(), "run python -m tests.bench.readme"
+    assert listed in EXAMPLES.read_text(), "run python -m tests.bench.readme"
 
 
 def test_a_method_that_is_not_served_says_why(methods: Any) -> None:
