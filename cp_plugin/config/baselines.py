@@ -23,13 +23,13 @@ Distribution = Literal["uniform", "gaussian"]
 
 
 @dataclass(frozen=True)
-class DrawnConfig:
-    """A poison that is drawn, not optimised."""
+class SampledConfig:
+    """A poison that is sampled, not optimised."""
 
     eps: float = 8 / 255
     """Largest change of a pixel, in [0, 1]."""
     granularity: Granularity = "sample"
-    """One draw an image or one a class."""
+    """One sample an image or one a class."""
     fraction: float = 1.0
     """Part of the images that is poisoned, class-balanced where there are labels."""
     seed: int | None = None
@@ -47,7 +47,7 @@ class DrawnConfig:
 
 
 @dataclass(frozen=True)
-class RandomConfig(DrawnConfig):
+class RandomConfig(SampledConfig):
     """Random noise in [-eps, eps]: what any poison has to beat."""
 
     distribution: Distribution = "uniform"
@@ -64,7 +64,7 @@ class RandomConfig(DrawnConfig):
 
 
 @dataclass(frozen=True)
-class SyntheticConfig(DrawnConfig):
+class SyntheticConfig(SampledConfig):
     """Linearly separable noise (Yu et al., "Availability Attacks Create Shortcuts", KDD 2022).
 
     With granularity `sample` every image has a point of its own in the cluster of its class, with

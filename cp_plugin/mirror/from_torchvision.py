@@ -73,11 +73,11 @@ def random_apply(host: Any, translator: Translator) -> Operation:
     """Translate a RandomApply; the kind of image must be the same for all."""
     format = translator.format
     inner = translator.sequence(host.transforms, "RandomApply")
-    same_stage(format, translator.format, "RandomApply")
+    same_format(format, translator.format, "RandomApply")
     return RandomApply(inner, host.p, "RandomApply")
 
 
-def same_stage(before: ImageFormat, after: ImageFormat, name: str) -> None:
+def same_format(before: ImageFormat, after: ImageFormat, name: str) -> None:
     """Refuse conversions that only some images would get."""
     if before is not after:
         raise UserError(

@@ -8,7 +8,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.mirror.base import LEVEL, ImageFormat, Operation
 from cp_plugin.mirror.containers import RandomApply, RandomChoice, RandomOrder
 from cp_plugin.mirror.erasing import RandomErasing
-from cp_plugin.mirror.from_torchvision import both, filter_of, pair, same_stage
+from cp_plugin.mirror.from_torchvision import both, filter_of, pair, same_format
 from cp_plugin.mirror.geometric import RandomPerspective, RandomRotation
 from cp_plugin.mirror.geometry import RandomCrop
 from cp_plugin.mirror.intensity import Autocontrast, Equalize, Invert, Posterize, Sharpness
@@ -33,7 +33,7 @@ def _branches(host: Any, translator: Translator) -> list[Operation]:
     branches: list[Operation] = []
     for transform in host.transforms:
         branches.append(translator.sequence([transform]))
-        same_stage(format, translator.format, type(host).__name__)
+        same_format(format, translator.format, type(host).__name__)
     return branches
 
 

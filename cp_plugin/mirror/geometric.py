@@ -17,7 +17,7 @@ from cp_plugin.mirror.base import LEVEL, Operation, Params, Shape, uniform, whol
 FIXED = 65536
 
 
-class _Warp(Operation):
+class _Geometric(Operation):
     """What rotation and perspective share."""
 
     def __init__(self, filter_name: str, fill: tuple[float, ...], name: str | None) -> None:
@@ -37,7 +37,7 @@ class _Warp(Operation):
         return torch.where(inside[:, None], values, fill)
 
 
-class RandomRotation(_Warp):
+class RandomRotation(_Geometric):
     """Rotation about a centre by a random angle (torchvision `RandomRotation`)."""
 
     def __init__(
@@ -72,7 +72,7 @@ class RandomRotation(_Warp):
         return self._read(images, x, y)
 
 
-class RandomPerspective(_Warp):
+class RandomPerspective(_Geometric):
     """Corners moved inwards at random (torchvision `RandomPerspective`, without its p)."""
 
     def __init__(

@@ -58,7 +58,7 @@ class Watch:
                 code = self._attend(progress, bar)
                 if code == 0:
                     break
-                self._settle(code)
+                self._take_result(code)
                 if self._tried() == tried:
                     raise UserError(
                         f"the study's launcher ended with exit code {code} before a cell was "
@@ -104,7 +104,7 @@ class Watch:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True
         )
 
-    def _settle(self, code: int) -> None:
+    def _take_result(self, code: int) -> None:
         """Give every cell that was running when its process ended another chance, or none."""
         dead = [
             cell
