@@ -22,6 +22,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos, RawDataset, class_names
 from cp_plugin.engine.run import run
 from cp_plugin.util.provenance import command, hardware, versions
+from cp_plugin.util.seed import derived_seed
 
 EPOCHS = 11
 """Of each victim and of the clean model."""
@@ -110,7 +111,7 @@ def _stages(out: Path, seed: int) -> list[Stage]:
             Stage(
                 f"cp_class-{number}",
                 f"crafting CP-C, one delta a class, surrogate {number} of {SURROGATES}",
-                (*CP_CLASS, f"seed={1000 * (seed + 1) + number}"),
+                (*CP_CLASS, f"seed={derived_seed(seed, 'cp_class', number)}"),
                 crafts="cp_class",
             )
             for number in range(1, SURROGATES + 1)
@@ -119,7 +120,7 @@ def _stages(out: Path, seed: int) -> list[Stage]:
         Stage(
             "cp_sample-1",
             "crafting CP-S, one delta an image, from CP-C",
-            (*CP_SAMPLE, f"seed={1000 * (seed + 1)}"),
+            (*CP_SAMPLE, f"seed={derived_seed(seed, 'cp_sample', 1)}"),
             crafts="cp_sample",
         ),
         _victim("cp_sample", "a victim of CP-S", out),

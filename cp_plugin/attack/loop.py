@@ -8,7 +8,6 @@ poisoned, mirrored views; the noise phase, written here, keeps the weights and m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 from cp_plugin.hosts.protocol import Host
 from cp_plugin.mirror import Mirror
+from cp_plugin.util.seed import derived_seed
 
 
 @dataclass
@@ -225,8 +225,8 @@ class Attack:
         self.perturbation.descend(rows_U, summed(gradient), step)
         self.moved = True
 
-    def _mirrored(self, images: Tensor, *draw: int | str) -> list[Tensor]:
-        self._generator.manual_seed(_seed(self.seed, *draw))
+    def _mirrored(self, images: Tensor, phase: str, *place: int) -> list[Tensor]:
+        self._generator.manual_seed(derived_seed(self.seed, phase, *place))
         own = share()
         if own.processes == 1:
             views: list[Tensor] = self.mirror(images, generator=self._generator)
@@ -237,9 +237,3 @@ class Attack:
         whole = images.new_zeros(len(images) * own.processes, *images.shape[1:])
         whole[places] = images
         return [view[places] for view in self.mirror(whole, generator=self._generator)]
-
-
-def _seed(*parts: int | str) -> int:
-    """Return 63 bits that depend on every part."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -16,7 +16,7 @@ from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batche
 from cp_plugin.config.settings import InjectConfig, build
 from cp_plugin.data import RawDataset
 from cp_plugin.mirror import mirror
-from cp_plugin.util.seed import run_seed
+from cp_plugin.util.seed import derived_seed, run_seed
 
 
 class InjectPoison(Callback):
@@ -99,7 +99,8 @@ class MirrorViews(Callback):
         seed = run_seed()
 
         def views(batch: Any) -> list[Tensor]:
-            generator.manual_seed((seed << 32) + trainer.fit_loop.total_batch_idx)
+            place = (trainer.fit_loop.total_batch_idx, trainer.global_rank)
+            generator.manual_seed(derived_seed(seed, "victim", *place))
             made: list[Tensor] = view_mirror(batch.images.float().div_(255), generator=generator)
             return made
 

@@ -174,6 +174,20 @@ def test_mirrored_views_of_a_victim_are_poisoned(data, tmp_path):
     assert 0.5 < (means["poisoned"] - means["clean"]) / (8 / 255 / 0.226) < 1.2
 
 
+def test_each_seed_draws_its_own_mirrored_views(data, tmp_path):
+    def views(seed):
+        lightning.pytorch.seed_everything(seed, verbose=False)
+        module = simclr(lightning.pytorch)
+        fitting = trainer(lightning.pytorch, tmp_path, MirrorViews(), max_epochs=1)
+        fitting.fit(module, DataLoader(data, batch_size=24))
+        return torch.stack([view for view, _ in module.seen])
+
+    first = views(0)
+    assert torch.equal(first, views(0))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, views(1))
+
+
 def test_a_poison_of_other_images_names_those_it_misses(image_folder, tmp_path):
     from torchvision.datasets import ImageFolder
 

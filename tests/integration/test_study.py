@@ -19,6 +19,7 @@ from cp_plugin.apps.study.settings import parse, read
 from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folder, write
 from cp_plugin.apps.study.watch import Watch
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.seed import derived_seed
 
 CP_CLASS = ["+poison=cp_class", "poison.rounds=2", "poison.model_steps=2", "poison.noise_steps=1"]
 VALUES = {
@@ -96,7 +97,8 @@ def test_a_cells_overrides_are_those_of_its_names_in_order():
         "seed=7",
         "+poison=inject",
     )
-    crafts = ("data.num_workers=0", "backbone.kwargs.channels=[8,8,8,8]", "seed=8002", *CP_CLASS)
+    seed = f"seed={derived_seed(7, 'cp_class', 2)}"
+    crafts = ("data.num_workers=0", "backbone.kwargs.channels=[8,8,8,8]", seed, *CP_CLASS)
     assert cells["craft-cp_class-simclr-tiny-7-2"].overrides == crafts
 
 

@@ -12,10 +12,9 @@ from typing import Any, Literal
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.apps.study.settings import NONE, Grid, Overrides, StudySettings
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.seed import derived_seed
 
 Kind = Literal["craft", "clean", "victim"]
-SEEDS_PER_SEED = 1000
-"""Room for the seeds of surrogates beside those of victims, so that no two start alike."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _crafts(
                 *study.base,
                 *study.backbones[backbone],
                 *study.methods.get(surrogate, ()),
-                f"seed={SEEDS_PER_SEED * (seed + 1) + number}",
+                f"seed={derived_seed(seed, poison, number)}",
                 *settings.settings,
             ),
             {"poison": previous} if previous else {},
