@@ -11,7 +11,6 @@ from typing import Any
 import lightly.transforms as lightly
 import pytest
 import torch
-from bench import pillow as oracle
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms as v1
@@ -20,6 +19,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 
 from cp_plugin.mirror import mirror
+from tests.bench import pillow as oracle
 
 Oracle = Callable[[Image.Image, dict[str, Any], int], Image.Image]
 SOLO = Path(os.environ.get("SOLO_LEARN_ROOT", Path.home() / "solo-learn"))
