@@ -17,11 +17,11 @@ from cp_plugin.apps.evaluate_run import evaluate, poison_of
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.apps.pictures import picture_of_images
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos, RawDataset, class_names
 from cp_plugin.engine.run import run
 from cp_plugin.util.provenance import command, hardware, versions
+from cp_plugin.util.run_files import POISON_FILE, RESULT_FILE
 from cp_plugin.util.seed import derived_seed
 
 EPOCHS = 11
@@ -83,7 +83,7 @@ def demo(out: Path, seed: int) -> dict[str, Any]:
         "versions": versions(),
         "command": command(),
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf8")
+    (out / RESULT_FILE).write_text(json.dumps(result, indent=1), encoding="utf8")
     _show(Console(), rows, out)
     return result
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
 from cp_plugin.util.patching import patches
 from cp_plugin.util.paths import shipped
@@ -23,7 +24,6 @@ PACKAGES = (
 OPTIONAL = ("pytorch-lightning", "torchmetrics")
 FAISS = ("faiss-cpu", "faiss-gpu")
 SOLO_NEEDS = {"einops": "einops", "sklearn": "scikit-learn", "wandb": "wandb", "scipy": "scipy"}
-GROUPS = ("poison", "monitor", "defence")
 
 
 class Finding(NamedTuple):

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, training_images
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline
-from cp_plugin.engine.run import CHECKPOINT, CONFIG_FILE
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.finetune import check_fraction
 from cp_plugin.evaluation.finetune import finetune as fine_tune
 from cp_plugin.evaluation.metrics import knn, linear_probe
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
+from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE
 
 
 def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:

@@ -20,8 +20,8 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, check_eps
 from cp_plugin.data import RawDataset, class_names, labels, load
 from cp_plugin.data.wrappers import file_of
-from cp_plugin.engine.run import CONFIG_FILE
 from cp_plugin.util.provenance import versions
+from cp_plugin.util.run_files import CONFIG_FILE
 
 
 def export(poison_file: Path, out: Path, data: Path | None = None) -> int:

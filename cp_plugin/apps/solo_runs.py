@@ -17,14 +17,14 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine.solo_backbones import PREFIX, add_timm_backbone
 from cp_plugin.hosts.solo_learn import SoloHost
+from cp_plugin.util.run_files import SOLO_ARGS_FILE
 
-ARGS_FILE = "args.json"
 ENCODER = "backbone."
 
 
 def is_solo_run(folder: Path) -> bool:
     """Tell whether a folder is that of a run of solo-learn."""
-    return (folder / ARGS_FILE).is_file()
+    return (folder / SOLO_ARGS_FILE).is_file()
 
 
 def configuration(folder: Path) -> DictConfig:
@@ -34,9 +34,9 @@ def configuration(folder: Path) -> DictConfig:
         UserError: the file is damaged.
     """
     try:
-        found = json.loads((folder / ARGS_FILE).read_text(encoding="utf8"))
+        found = json.loads((folder / SOLO_ARGS_FILE).read_text(encoding="utf8"))
     except ValueError as error:
-        raise UserError(f"{folder / ARGS_FILE} is damaged ({error}).") from error
+        raise UserError(f"{folder / SOLO_ARGS_FILE} is damaged ({error}).") from error
     cfg = OmegaConf.create(found)
     assert isinstance(cfg, DictConfig)
     return cfg
@@ -67,8 +67,8 @@ def load_solo_run(checkpoint: Path) -> tuple[SoloHost, Any, DictConfig]:
     except Exception as error:  # torch.load has no error class of its own for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is not the checkpoint of the configuration in {ARGS_FILE} beside it, or it "
-            f"is damaged ({reason})."
+            f"{path} is not the checkpoint of the configuration in {SOLO_ARGS_FILE} beside it, or "
+            f"it is damaged ({reason})."
         ) from error
     return SoloHost(module.eval(), lambda sample, _: sample), _pipeline(solo, cfg), cfg
 
@@ -84,7 +84,7 @@ def training_images(cfg: DictConfig) -> Any:
     """
     data = cfg.data
     if data.format == "h5" or data.get("fraction", -1) > 0:
-        solo = _solo_learn(ARGS_FILE)
+        solo = _solo_learn(SOLO_ARGS_FILE)
         return solo.data.pretrain_dataloader.prepare_datasets(
             data.dataset,
             None,

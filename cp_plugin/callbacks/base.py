@@ -21,9 +21,6 @@ else:
             """A callback of `lightning.pytorch` and of `pytorch_lightning` at once."""
 
 
-POISON_FILE = "poison.safetensors"
-
-
 def run_folder(trainer: Any) -> Path:
     """Return where a run leaves its files: the logger's folder, else the trainer's root.
 
@@ -35,4 +32,4 @@ def run_folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-__all__ = ["POISON_FILE", "Callback", "run_folder"]
+__all__ = ["Callback", "run_folder"]

@@ -15,7 +15,7 @@ from cp_plugin.attack.crafting import Crafting
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
-from cp_plugin.callbacks.base import POISON_FILE, Callback, run_folder
+from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, build
 from cp_plugin.data import RawDataset
@@ -25,11 +25,10 @@ from cp_plugin.hosts import adapt
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
+from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import run_seed
 
 log = logging.getLogger("cp_plugin")
-
-__all__ = ["POISON_FILE", "CraftPoison"]
 
 
 class CraftPoison(Callback):

@@ -11,11 +11,12 @@ from torch import Tensor
 from cp_plugin.attack.inject import added, part
 from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import POISON_FILE, Callback, run_folder
+from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
 from cp_plugin.config.settings import InjectConfig, build
 from cp_plugin.data import RawDataset
 from cp_plugin.mirror import mirror
+from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import derived_seed, run_seed
 
 

@@ -16,6 +16,7 @@ from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
 from cp_plugin.mirror import mirror
+from cp_plugin.util.run_files import KNN_FILE
 
 log = logging.getLogger("cp_plugin")
 
@@ -125,9 +126,6 @@ class KNNMonitor(Callback):
         )
 
 
-JOURNAL_FILE = "knn.csv"
-
-
 BANKS = {"knn_clean_bank": "clean bank", "knn_poisoned_bank": "poisoned bank"}
 
 
@@ -153,7 +151,7 @@ class Journal(Callback):
         self._written += len(new)
         if not new or not trainer.is_global_zero:
             return
-        path = Path(self._folder or run_folder(trainer)) / JOURNAL_FILE
+        path = Path(self._folder or run_folder(trainer)) / KNN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not path.exists()
         with path.open("a", newline="", encoding="utf8") as file:

@@ -16,7 +16,9 @@ from cp_plugin.data.labels import UNLABELLED
 from cp_plugin.data.photos import Photos
 
 FOLDERS = ("custom", "imagenet", "imagenet100")
-ARCHIVES = ("cifar10", "cifar100", "stl10")
+SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96}
+"""Side in pixels of the images of torchvision's data sets."""
+ARCHIVES = tuple(SIDES)
 NAMES = ("photos", *ARCHIVES, *FOLDERS)
 DEFAULT_ROOT = "./datasets"
 

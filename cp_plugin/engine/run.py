@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from cp_plugin.attack.noise import sample_noise
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
-from cp_plugin.callbacks.base import POISON_FILE
 from cp_plugin.callbacks.progress import RunProgress
 from cp_plugin.callbacks.supervised import crafter
 from cp_plugin.config.selection import CRAFTED, GROUPS, Selection
@@ -29,12 +28,10 @@ from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.compatibility import check_method, name_classes
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
+from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE, RESULT_FILE
 
 log = logging.getLogger("cp_plugin")
 
-RESULT_FILE = "result.json"
-CONFIG_FILE = "config.yaml"
-CHECKPOINT = "last"
 AUGMENT = ("mirror", "host")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _KEPT_KEYS = frozenset(vars(nn.Module())) | frozenset(
     {"forward", "_compiled_call_impl", "log", "log_dict", "_trainer", "_fabric"}
 )
-_FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "omegaconf"})
+FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "omegaconf"})
 _LARGEST_SEARCHED = 4096
 
 
@@ -33,7 +33,7 @@ class Attributes:
         """Tensors that are neither parameters nor buffers."""
         self._restores: list[Callable[[], None]] = []
         self._seen: set[int] = set()
-        self._own = {_package(m) for m in module.modules()} - _FRAMEWORKS
+        self._own = {_package(m) for m in module.modules()} - FRAMEWORKS
         for child in module.modules():
             self._visit(child)
 

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.attributes import FRAMEWORKS
 from cp_plugin.hosts.lineage import graph_below, is_compiled, tensors_in
 from cp_plugin.hosts.state import preserve_state
-
-FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "omegaconf"})
-"""Objects of these are not searched for networks."""
 
 
 @dataclass

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
 from cp_plugin.integrations.job import Job
 from cp_plugin.util.paths import shipped
 
-GROUPS = ("poison", "defence", "monitor")
 OWN_APPLICATION = "cp_plugin.apps.hydra_app"
 PROVIDER = "cp-plugin"
 EXIT_CODE = 2

@@ -19,17 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
-from cp_plugin.callbacks.base import POISON_FILE, Callback
+from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.inject import NoisePoison
 from cp_plugin.callbacks.monitor import Journal
 from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
 from cp_plugin.config.selection import GROUPS, Selection
 from cp_plugin.config.settings import EPOCH, CraftConfig, InjectConfig, UserError
+from cp_plugin.data.datasets import SIDES
 from cp_plugin.engine.solo_backbones import PREFIX, add_timm_backbone
 from cp_plugin.hosts.solo_learn import check_served
 from cp_plugin.integrations.job import Job
 from cp_plugin.integrations.solo_checks import checked
 from cp_plugin.util.patching import patches
+from cp_plugin.util.run_files import POISON_FILE, SOLO_ARGS_FILE
 
 log = logging.getLogger("cp_plugin")
 
@@ -42,7 +44,6 @@ NOT_IN_NAME = (
 """Settings that do not make another run: where it is kept, what it is computed on."""
 MIXTURES = ("mixup", "cutmix")
 """Defences that `main_linear.py` has of its own, by these names."""
-CROPS = {"cifar10": 32, "cifar100": 32, "stl10": 96}
 DEFAULT_CROP = 224
 
 
@@ -133,7 +134,7 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
     if isinstance(poison, InjectConfig):
         Poison.load(poison.path)
     if selection.monitor is not None:
-        without_tests = data.dataset not in CROPS and data.get("val_path") is None
+        without_tests = data.dataset not in SIDES and data.get("val_path") is None
         if unlabelled or without_tests:
             raise UserError(
                 "monitor=knn needs labelled images to search among and to test on; set "
@@ -184,11 +185,11 @@ def _crop_size(cfg: Mapping[str, Any]) -> int:
 
 def _crop_size_of_checkpoint(cfg: DictConfig) -> int:
     """Return the crop size that a backbone was pretrained with: its stem depends on it."""
-    saved = Path(str(cfg.get("pretrained_feature_extractor"))).parent / "args.json"
+    saved = Path(str(cfg.get("pretrained_feature_extractor"))).parent / SOLO_ARGS_FILE
     if saved.is_file():
         return _crop_size(json.loads(saved.read_text(encoding="utf8")))
     given = OmegaConf.select(cfg, "data.augmentations.crop_size")
-    return int(given or CROPS.get(cfg.data.dataset, DEFAULT_CROP))
+    return int(given or SIDES.get(cfg.data.dataset, DEFAULT_CROP))
 
 
 def _end_with_rounds(cfg: DictConfig, selection: Selection) -> None:

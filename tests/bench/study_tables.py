@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cp_plugin.apps.report.figures import mean_curve
-from cp_plugin.apps.report.rows import NONE, Row, row_of
+from cp_plugin.apps.report.rows import Row, row_of
 from cp_plugin.apps.report.tables import markdown, spread, tables
+from cp_plugin.apps.study.settings import NONE
 from tests.bench.provenance import source
 
 Result = dict[str, Any]

@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cp_plugin.apps.report import figures, scenes
-from cp_plugin.apps.report.rows import NONE, Found, Row, find
+from cp_plugin.apps.report.rows import Found, Row, find
 from cp_plugin.apps.report.tables import markdown, ordered, tables
+from cp_plugin.apps.study.settings import NONE
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "\N{EN DASH}"

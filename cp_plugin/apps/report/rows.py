@@ -9,11 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cp_plugin.apps.study.settings import NONE
 from cp_plugin.apps.study.state import FINISHED, PLAN_FILE, read
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.run_files import CONFIG_FILE, POISON_FILE, RESULT_FILE
 
-CONFIG_FILE, RUN_FILE, POISON_FILE = "config.yaml", "result.json", "poison.safetensors"
-NONE = "none"
 MEASURES = {
     "linear_clean": "linear probe, clean bank",
     "knn_clean": "kNN, clean bank",
@@ -106,7 +106,7 @@ def _study(folder: Path) -> Found:
         for name, one in states.items()
         if name not in finished
     }
-    whole = read(folder / RUN_FILE) or {}
+    whole = read(folder / RESULT_FILE) or {}
     any_result: Mapping[str, Any] = next((one["result"] for one in finished.values()), {})
     provenance = {
         "command": whole.get("command", any_result.get("command")),
@@ -165,7 +165,7 @@ def _runs(folder: Path) -> Found:
     provenance: dict[str, Any] = {}
     folders: dict[str, Path] = {}
     controls = _controls_of_a_demo(folder)
-    for file in sorted(folder.rglob(RUN_FILE)):
+    for file in sorted(folder.rglob(RESULT_FILE)):
         result = read(file)
         if result is None or not (file.parent / CONFIG_FILE).is_file():
             continue
@@ -173,7 +173,7 @@ def _runs(folder: Path) -> Found:
         if "knn" in result:
             provenance = {key: result.get(key) for key in ("hardware", "versions", "command")}
             rows.append(_run(file.parent, result, controls))
-    whole = read(folder / RUN_FILE) or {}
+    whole = read(folder / RESULT_FILE) or {}
     provenance["command"] = whole.get("command", provenance.get("command"))
     rows.sort(key=lambda row: row.poison != NONE)
     return Found(folder.resolve().name, "runs", tuple(rows), {}, provenance, folders, len(folders))
@@ -209,7 +209,7 @@ def _poison_name(poison: Mapping[str, Any], name: str) -> str:
     file = Path(str(poison["path"]))
     if file.name != POISON_FILE:
         return file.stem
-    made = read(file.parent / RUN_FILE)
+    made = read(file.parent / RESULT_FILE)
     return str(made["poison"]) if made else file.parent.name
 
 
@@ -223,7 +223,7 @@ def _existing(file: Path | None) -> Path | None:
 
 
 def _controls_of_a_demo(folder: Path) -> dict[str, float]:
-    whole = read(folder / RUN_FILE) or {}
+    whole = read(folder / RESULT_FILE) or {}
     rows: Iterable[Mapping[str, Any]] = whole.get("rows", ())
     key = "knn_poisoned_bank_clean_encoder"
     return {str(row["poison"]): float(row[key]) for row in rows if row.get(key) is not None}

@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cp_plugin.apps.report import figures
-from cp_plugin.apps.report.rows import CONFIG_FILE, NONE, Row
+from cp_plugin.apps.report.rows import Row
 from cp_plugin.apps.report.tables import ordered
+from cp_plugin.apps.study.settings import NONE
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, class_names, labels, load
+from cp_plugin.util.run_files import CONFIG_FILE
 
 log = logging.getLogger("cp_plugin")
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cp_plugin.apps.report.rows import MEASURES, NONE, Row
+from cp_plugin.apps.report.rows import MEASURES, Row
+from cp_plugin.apps.study.settings import NONE
 
 
 @dataclass(frozen=True)

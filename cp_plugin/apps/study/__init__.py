@@ -16,10 +16,9 @@ from cp_plugin.apps.study.settings import read as read_study
 from cp_plugin.apps.study.state import PLAN_FILE, Folder
 from cp_plugin.apps.study.state import write as write_json
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.run_files import RESULT_FILE
 
 __all__ = ["study"]
-
-RESULT_FILE = "result.json"
 
 
 def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) -> dict[str, Any]:

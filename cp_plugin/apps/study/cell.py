@@ -14,6 +14,7 @@ from cp_plugin.apps.hydra_app import compose, pretrain
 from cp_plugin.apps.study.plan import Cell
 from cp_plugin.apps.study.state import FAILED, FINISHED, RUNNING, Folder
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
 
@@ -68,8 +69,6 @@ def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
 
 def _of_the_study(folder: Folder, cell: Cell) -> list[str]:
     """Return the overrides that depend on where the study lies."""
-    from cp_plugin.callbacks.craft import POISON_FILE
-
     overrides = [
         f"name={cell.name}",
         f"checkpoint.dir={quoted(folder.runs)}",
