@@ -16,6 +16,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline
+from cp_plugin.engine.supervised import Supervised
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.finetune import check_fraction
 from cp_plugin.evaluation.finetune import finetune as fine_tune
@@ -96,7 +97,7 @@ def evaluate(
 
     Returns:
         One row a bank: `bank`, `knn`, `linear` and `finetune` with their settings, accuracies in
-        percent.
+        percent. A supervised run's clean row has `classifier` too: what its own one gets right.
 
     Raises:
         UserError: checkpoint, data set or poison cannot be used.
@@ -111,14 +112,24 @@ def evaluate(
     for bank_name, bank in sets.banks.items():
         found = bank.features(host.encode, sets.normalize)
         features = (found, bank.labels, query_features, sets.query.labels)
-        row = {"bank": bank_name, "knn": asdict(knn(*features, k=k, temperature=temperature))}
+        row: dict[str, Any] = {"bank": bank_name}
+        row["knn"] = asdict(knn(*features, k=k, temperature=temperature))
         if probe:
             row["linear"] = asdict(linear_probe(*features, seed=cfg.seed))
         if finetune is not None:
             tuned = fine_tune(host.encoder(), sets.normalize, bank, sets.query, finetune, cfg.seed)
             row["finetune"] = asdict(tuned)
         rows.append(row)
+    if isinstance(host.module, Supervised):
+        rows[0]["classifier"] = _correct(host.module, query_features, sets.query.labels)
     return rows
+
+
+@torch.no_grad()
+def _correct(module: Supervised, features_MD: Tensor, labels_M: Tensor) -> float:
+    """Return how many labelled images a run's own classifier gets right, in percent."""
+    right = module.classifier(features_MD).argmax(1) == labels_M
+    return 100 * float(right[labels_M >= 0].double().mean())
 
 
 def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:

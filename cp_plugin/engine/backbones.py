@@ -15,6 +15,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.engine.whitening import PATCHES, Whitened, Whitening
 
 SMALL_IMAGE = 64
 """Largest side in pixels for which the stem is changed."""
@@ -26,7 +27,9 @@ STEM_POOLS = ("maxpool", "features.pool0", "stem.pool", "layer0.pool")
 _log = logging.getLogger(__name__)
 
 
-def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -> nn.Module:
+def surrogate(
+    name: str, image_size: int, stem_stride: int = 1, whiten: int | None = None, **kwargs: Any
+) -> nn.Module:
     """Build a timm model as an encoder: no classifier, features pooled over the image.
 
     Images of up to 64 pixels get a stem that keeps their resolution, as CIFAR ResNets have
@@ -39,6 +42,9 @@ def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -
         image_size: side of the images in pixels.
         stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is four
             times cheaper and sees less detail.
+        whiten: side in pixels, 2 or 3, of the patches that a fixed first layer whitens (see
+            `Whitening`, which has to be fitted); that layer then has the stem's stride. None: no
+            such layer.
         **kwargs: for `timm.create_model`, such as `channels=[16, 32, 64, 128]` for ResNets.
 
     Returns:
@@ -53,6 +59,8 @@ def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -
     _check_name(architecture)
     if stem_stride not in (1, 2):
         raise UserError(f"backbone.kwargs.stem_stride must be 1 or 2, got {stem_stride}.")
+    if whiten is not None:
+        return _whitened(name, image_size, stem_stride, whiten, kwargs)
     model = _create(architecture, kwargs)
     _check_stem_width(model, architecture, kwargs)
     patches = _patch_arguments(model, architecture, image_size, kwargs)
@@ -60,8 +68,20 @@ def surrogate(name: str, image_size: int, stem_stride: int = 1, **kwargs: Any) -
         model = _create_patched(architecture, kwargs, patches, _reduction(model))
     if image_size <= SMALL_IMAGE and "patch_size" not in {**kwargs, **patches}:
         _keep_resolution(model, architecture, stem_stride)
-    _check_output(model, architecture, image_size)
+    _check_output(model, architecture, image_size, kwargs.get("in_chans", 3))
     return model
+
+
+def _whitened(
+    name: str, image_size: int, stride: int, patch_size: int, kwargs: dict[str, Any]
+) -> nn.Module:
+    if patch_size not in PATCHES:
+        raise UserError(f"backbone.whiten must be 2 or 3 (pixels), got {patch_size!r}.")
+    if "in_chans" in kwargs:
+        raise UserError("backbone.whiten decides about backbone.kwargs.in_chans; leave it out.")
+    first = Whitening(patch_size, stride)
+    model = surrogate(name, image_size // stride, in_chans=first.channels, **kwargs)
+    return Whitened(first, model, feature_width(model))
 
 
 def feature_width(model: nn.Module) -> int:
@@ -219,11 +239,11 @@ def _say_no_small_stem(architecture: str) -> None:
 
 
 @torch.no_grad()
-def _check_output(model: nn.Module, architecture: str, image_size: int) -> None:
+def _check_output(model: nn.Module, architecture: str, image_size: int, channels: int) -> None:
     """Run one black image through it: does it take this size, and give pooled features?"""
     model.eval()
     try:
-        features = model(torch.zeros(1, 3, image_size, image_size))
+        features = model(torch.zeros(1, channels, image_size, image_size))
     except Exception as error:  # whatever the thousand architectures say of a wrong size
         raise UserError(
             f"{architecture} cannot take images of {image_size} pixels with these "

@@ -39,7 +39,8 @@ class Method(LightningModule):
         self.cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
         self.save_hyperparameters({"cfg": plain(self.cfg), "image_size": image_size})
         settings = self.cfg.backbone
-        self.backbone = surrogate(settings.name, image_size, **plain(settings.kwargs))
+        arguments = {"whiten": settings.get("whiten"), **plain(settings.kwargs)}
+        self.backbone = surrogate(settings.name, image_size, **arguments)
         if OmegaConf.select(self.cfg, "defence.name") == "dp_sgd":
             with_group_norm(self.backbone)  # gradients of single images have their own layout
         elif not self.cfg.performance.disable_channel_last:

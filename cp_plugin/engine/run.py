@@ -26,6 +26,7 @@ from cp_plugin.config.settings import InjectConfig, UserError
 from cp_plugin.data import load
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE, RESULT_FILE
@@ -60,6 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     train.transform = build_pipeline(settings)
     view_mirror = mirror(train.transform)
     module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
+    fit_whitening(module, train, view_mirror)
     loader = _loader(train, settings)
     callbacks = _callbacks(selection, settings, folder, train, test, view_mirror.crop_size)
     folder.mkdir(parents=True, exist_ok=True)

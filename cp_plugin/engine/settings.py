@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "sync_batchnorm": False,
     "accumulate_grad_batches": 1,
     "resume_from_checkpoint": None,
-    "backbone": {"kwargs": {}},
+    "backbone": {"kwargs": {}, "whiten": None},
     "method_kwargs": {},
     "data": {
         "train_path": None,

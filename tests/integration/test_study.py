@@ -434,3 +434,30 @@ def _check_the_measures(out: Path, cells):
     assert [row["bank"] for row in victim["banks"]] == ["clean", "poisoned"]
     last = victim["result"]["knn"][-1]
     assert victim["banks"][1]["knn"]["accuracy"] == pytest.approx(last["knn_poisoned_bank"])
+
+
+def test_victims_of_all_seeds_share_a_craft_with_a_seed():
+    poisons = {"cp_class": {"settings": CP_CLASS, "seed": 7}}
+    axes = {"poisons": ["cp_class"], "victims": ["simclr"], "backbones": ["tiny"], "seeds": [0, 1]}
+    cells = plan(parse(values(poisons=poisons, grid=[axes])))
+    crafts = [cell for cell in cells.values() if cell.kind == "craft"]
+    assert [cell.name for cell in crafts] == ["craft-cp_class-simclr-tiny-7"]
+    assert "seed=8001" in crafts[0].overrides
+    victims = [cell for cell in cells.values() if cell.kind == "victim"]
+    assert [cell.needs["poison"] for cell in victims] == [crafts[0].name] * 2
+
+
+def test_poisons_made_on_different_backbones_are_different_cells():
+    axes = {"poisons": ["random", "cp_class"], "victims": ["simclr"], "seeds": [0]}
+    there = {**axes, "backbones": ["tiny", "full"]}
+    back = {**axes, "backbones": ["full", "tiny"]}
+    cells = plan(parse(values(grid=[there, back])))
+    names = [name for name in cells if name.startswith("victim-simclr-tiny-")]
+    assert names == [
+        "victim-simclr-tiny-random-none-0",
+        "victim-simclr-tiny-cp_class-simclr-none-0",
+        "victim-simclr-tiny-cp_class-simclr-none-0-made_on_full",
+    ]
+    transferred = cells[names[-1]]
+    assert transferred.surrogate_backbone == "full"
+    assert transferred.needs["poison"] == "craft-cp_class-simclr-full-0-2"

@@ -138,7 +138,8 @@ def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> 
     result = state["result"]
     made_in = folders.get(state.get("needs", {}).get("poison", name), folders[name])
     return Row(
-        **{key: state[key] for key in ("poison", "surrogate", "victim", "backbone", "defence")},
+        **{key: state[key] for key in ("poison", "victim", "backbone", "defence")},
+        surrogate=_surrogate(state),
         seed=state["seed"],
         folder=folders[name],
         poison_file=_existing(made_in / POISON_FILE),
@@ -146,6 +147,12 @@ def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> 
         curve=(*(result.get("knn") or ()), *state.get("control_curve", ())),
         facts={**_facts(result), **_settings_of(banks["clean"])},
     )
+
+
+def _surrogate(state: Mapping[str, Any]) -> str | None:
+    """Return the surrogate's method, and its backbone where that is not the victim's."""
+    backbone = state.get("surrogate_backbone")
+    return f"{state['surrogate']}, {backbone}" if backbone else state["surrogate"]
 
 
 def _settings_of(bank: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class Cell:
     """All but folders and the files of other cells."""
     needs: Mapping[str, str] = field(default_factory=dict)
     """Cells that must be finished before: `poison` (the craft), `clean` (for the control)."""
+    surrogate_backbone: str | None = None
+    """That of the surrogate; None: the victim's own, or there is no surrogate."""
     digest: str = ""
     """Changes with every setting of the cell and of the cells it needs."""
 
@@ -58,6 +60,8 @@ def plan(study: StudySettings) -> dict[str, Cell]:
                 needs = {"clean": clean.name} if poison != NONE else {}
                 needs |= {"poison": made[-1].name} if made else {}
                 last = _victim(study, poison, surrogate, victim, backbone, defence, seed, needs)
+                if surrogate and grid.backbones[0] != backbone:
+                    last = _transferred(last, grid.backbones[0])
                 cells |= {cell.name: cell for cell in (*made, clean, last)}
     levels = _levels(cells)
     ordered = sorted(cells.values(), key=lambda cell: levels[cell.name])
@@ -107,6 +111,7 @@ def _crafts(
     settings = study.poisons[poison]
     if surrogate is None:
         return
+    seed = seed if settings.seed is None else settings.seed
     previous = None
     if settings.init:
         for cell in _crafts(study, backbone, settings.init, surrogate, seed):
@@ -173,6 +178,11 @@ def _victim(
         ),
         needs,
     )
+
+
+def _transferred(cell: Cell, backbone: str) -> Cell:
+    """Return the cell of a victim whose poison was made on another backbone."""
+    return replace(cell, name=f"{cell.name}-made_on_{backbone}", surrogate_backbone=backbone)
 
 
 def _placeholders(cell: Cell) -> list[str]:

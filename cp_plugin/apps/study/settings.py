@@ -37,6 +37,8 @@ class PoisonSettings:
     """Another poison of the study to start from."""
     surrogate: str | None = None
     """A fixed surrogate, for poisons of one method; None: every surrogate of the grid."""
+    seed: int | None = None
+    """Of the one craft that victims of all seeds share; None: each seed has a craft of its own."""
     sampled: bool = False
     """True: nothing is trained for it, each victim samples it by `settings`."""
 
@@ -175,17 +177,20 @@ def _poison(where: str, node: Any) -> PoisonSettings:
     sampled = node.get("sampled", False)
     if not isinstance(sampled, bool):
         raise UserError(f"{where}.sampled must be true or false, got {sampled!r}.")
-    if sampled and set(node) & {"num_surrogates", "init", "surrogate"}:
+    seed = node.get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise UserError(f"{where}.seed must be a whole number, got {seed!r}.")
+    if sampled and set(node) & {"num_surrogates", "init", "surrogate", "seed"}:
         raise UserError(
-            f"{where} is sampled noise and has no surrogate: leave num_surrogates, init and "
-            "surrogate out."
+            f"{where} is sampled noise and has no surrogate: leave num_surrogates, init, "
+            "surrogate and seed out."
         )
     texts = {
         key: None if node.get(key) is None else _name(f"{where}.{key}", node[key])
         for key in ("init", "surrogate")
     }
     settings = _overrides(f"{where}.settings", node.get("settings"))
-    return PoisonSettings(settings, count, texts["init"], texts["surrogate"], sampled)
+    return PoisonSettings(settings, count, texts["init"], texts["surrogate"], seed, sampled)
 
 
 def _grid(where: str, node: Any, backbones: tuple[str, ...]) -> Grid:
