@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Rows, Schedule
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
@@ -64,8 +65,10 @@ class Crafting:
             resumed: what `state` gave, with `tensors`.
 
         Raises:
-            UserError: class granularity without labels, or a start that does not fit.
+            UserError: class granularity without labels, images that carry a poison already, or a
+                start that does not fit.
         """
+        check_unpoisoned(raw.dataset)
         self.host, self.mirror, self.raw = host, mirror, raw
         self.config, self.seed, self.folder = config, seed, folder
         self.labels = labels(raw.dataset)

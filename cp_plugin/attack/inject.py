@@ -14,6 +14,7 @@ from cp_plugin.data import (
     PreTransformDataset,
     RawDataset,
     SampleError,
+    changes_in,
     class_names,
     labels,
     wrappers,
@@ -94,6 +95,7 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
     Raises:
         UserError: the poison belongs to other images (the first missing ones are named) or classes.
     """
+    check_unpoisoned(dataset)
     poison.check_classes(class_names(dataset))
     if poison.granularity == "sample":
         _check_images(dataset, poison)
@@ -101,6 +103,20 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         return poison
     keys = torch.tensor(_keys(dataset, poison.image_size, range(len(dataset))))
     return poison.part(fraction, keys, labels(dataset))
+
+
+def check_unpoisoned(dataset: Any) -> None:
+    """Check that the images of a data set carry no poison yet: two would exceed the budget.
+
+    Raises:
+        UserError: they carry one.
+    """
+    for add in changes_in(dataset):
+        if isinstance(add, AddPoison):
+            raise UserError(
+                f"the images of {type(dataset).__name__} carry a {add.poison.granularity} poison "
+                "already, and a second one on top would exceed its budget; give the clean data set."
+            )
 
 
 def _check_images(dataset: Any, poison: Poison) -> None:

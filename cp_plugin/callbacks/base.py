@@ -1,4 +1,4 @@
-"""A callback that both Lightning packages take for their own."""
+"""Callbacks that both Lightning packages take for their own, and the order in which ours run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as new_root
+
+from cp_plugin.config.settings import UserError
 
 if TYPE_CHECKING:
     Callback = new_root.Callback
@@ -21,6 +23,33 @@ else:
             """A callback of `lightning.pytorch` and of `pytorch_lightning` at once."""
 
 
+POISON, DEFENCE, VIEWS = "poison", "defence", "views"
+ORDER = (POISON, DEFENCE, VIEWS)
+"""What is done to a training image, first to last."""
+
+
+def put_in_order(trainer: Any) -> None:
+    """Let callbacks that act on training images run in the order in which an image meets them.
+
+    They say what they do in `acts_on_images` and call this in their `setup`. They exchange places
+    among themselves; all others keep theirs.
+
+    Raises:
+        UserError: two of them bring a poison, or two make the views.
+    """
+    acting = [one for one in trainer.callbacks if getattr(one, "acts_on_images", ())]
+    for kind, what in ((POISON, "bring a poison"), (VIEWS, "make the views")):
+        same = [type(one).__name__ for one in acting if kind in one.acts_on_images]
+        if len(same) > 1:
+            raise UserError(
+                f"the callbacks {' and '.join(same)} both {what} of the training images, which "
+                "only one can do; leave one of them out."
+            )
+    ordered = iter(sorted(acting, key=lambda one: ORDER.index(one.acts_on_images[0])))
+    # A new list: the trainer is going through the old one.
+    trainer.callbacks = [next(ordered) if one in acting else one for one in trainer.callbacks]
+
+
 def run_folder(trainer: Any) -> Path:
     """Return where a run leaves its files: the logger's folder, else the trainer's root.
 
@@ -32,4 +61,4 @@ def run_folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-__all__ = ["Callback", "run_folder"]
+__all__ = ["Callback", "put_in_order", "run_folder"]

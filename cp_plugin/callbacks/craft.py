@@ -15,7 +15,7 @@ from cp_plugin.attack.crafting import Crafting
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
-from cp_plugin.callbacks.base import Callback, run_folder
+from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, build
 from cp_plugin.data import RawDataset
@@ -47,6 +47,7 @@ class CraftPoison(Callback):
 
     config_class: type[AlternationConfig] = CraftConfig
     crafting_class: type[Crafting] = Crafting
+    acts_on_images = (POISON, VIEWS)
 
     def __init__(self, **settings: Any) -> None:
         """Take the settings.
@@ -65,6 +66,7 @@ class CraftPoison(Callback):
         """End training, and with it the learning-rate schedule, after the last round."""
         if stage != "fit":
             return
+        put_in_order(trainer)
         self._trainer = trainer
         loop, rounds = trainer.fit_loop, self.config.rounds
         if self.config.model_steps == EPOCH:

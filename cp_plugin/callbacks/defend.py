@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.callbacks.base import Callback
+from cp_plugin.callbacks.base import DEFENCE, Callback, put_in_order
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
-from cp_plugin.callbacks.inject import InjectPoison
 from cp_plugin.callbacks.loader_hooks import Exchange, training_loader
 from cp_plugin.config.defences import (
     AdversarialConfig,
@@ -44,12 +43,14 @@ Defended = Callable[[Step, Any, Any], Any]
 class Defence(Callback):
     """Defend a victim: its images, its views, its labels or its gradients.
 
-    Stands after `InjectPoison` and before `MirrorViews` in the list of callbacks. Images are
-    changed in the training data set, before augmentation; views on the module's device, after it.
+    Images are changed in the training data set, after a poison and before augmentation; views on
+    the module's device, after it.
 
     Example:
         >>> trainer = Trainer(callbacks=[InjectPoison("poison.safetensors"), Defence("noise")])
     """
+
+    acts_on_images = (DEFENCE,)
 
     def __init__(self, name: str, **settings: Any) -> None:
         """Take the settings.
@@ -75,7 +76,10 @@ class Defence(Callback):
             UserError: the method has no loss that the defence could serve, or the module no place
                 for it.
         """
-        if stage != "fit" or self.config is None:
+        if stage != "fit":
+            return
+        put_in_order(trainer)
+        if self.config is None:
             return
         self._check(trainer, pl_module)
         if isinstance(self.config, DpSgdConfig):
@@ -91,8 +95,6 @@ class Defence(Callback):
         config, loader = self.config, training_loader(trainer)
         if config is None:
             return
-        if isinstance(loader.dataset, RawDataset):
-            raise UserError("Defence must stand before MirrorViews in the list of callbacks.")
         if isinstance(config, IMAGE_DEFENCES):
             size = mirror(RawDataset(loader.dataset, None).transform).crop_size
             device = pl_module.device
@@ -133,9 +135,6 @@ class Defence(Callback):
                 f"defence={self.name} belongs to a victim, and this run crafts a poison; craft "
                 "without it, then inject the poison into a defended run."
             )
-        place = trainer.callbacks.index(self)
-        if any(isinstance(callback, InjectPoison) for callback in trainer.callbacks[place:]):
-            raise UserError("Defence must stand after InjectPoison in the list of callbacks.")
         own = getattr(module, "cfg", None)
         method = getattr(own, "method", None) if own is not None else None
         if method is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cp_plugin.attack.inject import added, part
 from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import Callback, run_folder
+from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
 from cp_plugin.config.settings import InjectConfig, build
 from cp_plugin.data import RawDataset
@@ -21,7 +21,13 @@ from cp_plugin.util.seed import derived_seed, run_seed
 
 
 class InjectPoison(Callback):
-    """Train a victim: the poison is added to each training image before the augmentation."""
+    """Train a victim: the poison is added to each training image before the augmentation.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[InjectPoison("poison.safetensors"), KNNMonitor()])
+    """
+
+    acts_on_images = (POISON,)
 
     def __init__(
         self,
@@ -45,6 +51,11 @@ class InjectPoison(Callback):
         self._folder, self._writes = folder, self.fraction < 1
         self._whole = poison if isinstance(poison, Poison) else Poison.load(poison)
         self._poison = self._whole
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the place before whatever else acts on images."""
+        if stage == "fit":
+            put_in_order(trainer)
 
     def poison(self) -> Poison:
         """Return what is used of the poison: all of it until training has started."""
@@ -84,9 +95,15 @@ class InjectPoison(Callback):
 class MirrorViews(Callback):
     """Train on views made by the mirror on the module's device, not by the host's transform.
 
-    Same distribution, same pixels within the mirror's error, no Pillow in the loader. Stands after
-    `InjectPoison` in the list of callbacks.
+    Same distribution, same pixels within the mirror's error, no Pillow in the loader.
     """
+
+    acts_on_images = (VIEWS,)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the place after whatever else acts on images."""
+        if stage == "fit":
+            put_in_order(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the transform off the data set and put its mirror behind the loader.

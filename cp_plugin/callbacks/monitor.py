@@ -11,7 +11,7 @@ from typing import Any
 from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.settings import MonitorConfig, UserError, build
-from cp_plugin.data import RawDataset
+from cp_plugin.data import RawDataset, clean_dataset
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
@@ -58,8 +58,8 @@ class KNNMonitor(Callback):
             UserError: there is no validation set, or a data set has no labels.
         """
         bank, query = self._datasets
-        bank = training_loader(trainer).dataset if bank is None else bank
-        bank = bank.dataset if isinstance(bank, RawDataset) else bank
+        # Other callbacks may have changed or opened the images before this one is asked.
+        bank = clean_dataset(training_loader(trainer).dataset if bank is None else bank)
         if query is None:
             loader = trainer.val_dataloaders
             if loader is None:

@@ -12,7 +12,7 @@ from cp_plugin.data.image import Canonical, image_key
 from cp_plugin.data.labels import class_names, labels
 from cp_plugin.data.photos import Photos
 from cp_plugin.data.raw import Item, RawDataset, SampleError
-from cp_plugin.data.transformed import PreTransformDataset
+from cp_plugin.data.transformed import PreTransformDataset, changes_in, clean_dataset
 
 __all__ = [
     "Canonical",
@@ -22,7 +22,9 @@ __all__ = [
     "PreTransformDataset",
     "RawDataset",
     "SampleError",
+    "changes_in",
     "class_names",
+    "clean_dataset",
     "image_key",
     "labels",
     "load",

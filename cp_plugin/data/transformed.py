@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,7 @@ from cp_plugin.data import wrappers
 from cp_plugin.data.image import Canonical, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
-from cp_plugin.data.raw import read
+from cp_plugin.data.raw import RawDataset, read
 from cp_plugin.data.slots import rebuilt
 
 Add = Callable[[Tensor, int, int], Tensor]
@@ -53,7 +53,7 @@ class PreTransformDataset(Dataset[Any]):
             UserError: the data set streams, or is empty.
         """
         wrappers.check_map_style(dataset)
-        self.dataset = dataset
+        self.dataset, self.add = dataset, add
         self._change = Change(add, Canonical(image_size))
         self._changed_arrays = add_many and change_once(dataset, Canonical(image_size), add_many)
         found = labels(dataset)
@@ -128,6 +128,36 @@ class PreTransformDataset(Dataset[Any]):
                 "set of images."
             )
         return result
+
+
+def clean_dataset(dataset: Any) -> Any:
+    """Return a data set as it was before anything of this package changed or opened it.
+
+    Poisons, image defences and opened data sets are taken off wherever they stand, also inside the
+    user's own subsets, joins and wrappers; a data set without any is returned itself.
+    """
+    if isinstance(dataset, (PreTransformDataset, RawDataset)):
+        return clean_dataset(dataset.dataset)
+    replaced = {}
+    for name, value in wrappers.children(dataset).items():
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        clean = [clean_dataset(item) for item in items]
+        if any(new is not old for new, old in zip(clean, items, strict=True)):
+            replaced[name] = type(value)(clean) if isinstance(value, (list, tuple)) else clean[0]
+    if not replaced:
+        return dataset
+    copy = wrappers.shallow_copy(dataset)
+    vars(copy).update(replaced)
+    return copy
+
+
+def changes_in(dataset: Any) -> Iterator[Add]:
+    """Yield what changes the images of a data set before its transform, the last change first."""
+    if isinstance(dataset, PreTransformDataset):
+        yield dataset.add
+    inside = [dataset.dataset] if isinstance(dataset, RawDataset) else wrappers.inside(dataset)
+    for child in inside:
+        yield from changes_in(child)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Labelled banks for kNN and probe: the training images preserve_state, or as a victim has them."""
+"""Labelled banks for kNN and probe: the training images clean, or as a victim has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data import RawDataset, class_names, clean_dataset, labels
 from cp_plugin.evaluation.metrics import features
 
 IN_MEMORY_BYTES = 1 << 30
@@ -34,15 +34,16 @@ class Bank:
 
     @classmethod
     def clean(cls, dataset: Any, image_size: int | None) -> Bank:
-        """Read the images of a data set before its transform.
+        """Read the images of a data set before its transform, and before any poison or defence.
 
         Args:
-            dataset: a map-style data set of labelled images.
+            dataset: a map-style data set of labelled images, changed by this package or not.
             image_size: side in pixels; None keeps the images' own.
 
         Raises:
             UserError: the data set has no labels.
         """
+        dataset = clean_dataset(dataset)
         known = labels(dataset)
         if known is None or not bool((known >= 0).any()):
             raise UserError(
