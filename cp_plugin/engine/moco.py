@@ -16,7 +16,10 @@ from cp_plugin.engine.base import MomentumMethod
 
 
 class MoCoV2(MomentumMethod):
-    """A view attracts the momentum branch's view of the same image and repels a queue of others."""
+    """A view attracts the momentum branch's view of the same image and repels a queue of others.
+
+    Both views are queries; with `method_kwargs.symmetric=False` the first alone is, as in MoCo v2.
+    """
 
     def __init__(self, cfg: DictConfig | dict[str, Any], image_size: int) -> None:
         """Build both branches, the loss and its queues; see `Method`."""
@@ -31,7 +34,9 @@ class MoCoV2(MomentumMethod):
         deactivate_requires_grad(self.projection_head_momentum)
         # A queue a direction: with one, a query's own image would be among its negatives.
         self.criterion = self._criterion()
-        self.criterion_swapped = self._criterion()
+        self.symmetric = bool(settings.get("symmetric", True))
+        if self.symmetric:
+            self.criterion_swapped = self._criterion()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return queries, (B, D), of images, (B, C, H, W)."""
@@ -46,6 +51,10 @@ class MoCoV2(MomentumMethod):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; its keys enter the queues."""
         x0, x1 = self.contiguous(batch[0])
+        if not self.symmetric:
+            key = self.forward_momentum(x1)
+            one_way: Tensor = self.criterion(self.forward(x0), key)
+            return one_way
         key0, key1 = self.forward_momentum(x0), self.forward_momentum(x1)
         loss: Tensor = 0.5 * (
             self.criterion(self.forward(x0), key1) + self.criterion_swapped(self.forward(x1), key0)

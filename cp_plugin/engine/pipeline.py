@@ -28,9 +28,9 @@ BLUR_SIGMAS = (0.1, 2.0)
 """Range of Pillow's Gaussian radius, in pixels (SimCLR, appendix A)."""
 SOLARIZE_FROM = 128
 """Eight-bit values from here on are inverted."""
-SETTINGS = ("crop_size", "num_crops", "mean", "std")
+SETTINGS = ("crop_size", "num_crops", "mean", "std", "statistics")
 KNOWN: dict[str, tuple[str, ...]] = {
-    "rrc": ("enabled", "crop_min_scale", "crop_max_scale"),
+    "rrc": ("enabled", "crop_min_scale", "crop_max_scale", "interpolation"),
     "random_crop": ("padding",),
     "color_jitter": ("prob", "brightness", "contrast", "saturation", "hue"),
     "grayscale": ("prob",),
@@ -41,8 +41,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }
 """The transforms of a node, in the order in which they are applied, and their settings.
 
-All but `random_crop` (zeros around the image, then a crop) are solo-learn's.
+All but `random_crop` (zeros around the image, then a crop) and `rrc.interpolation` (of crops and of
+the resize that stands for a crop switched off; solo-learn's is bicubic) are solo-learn's.
 """
+FILTERS = {mode.value: mode for mode in transforms.InterpolationMode}
 
 
 def build_pipeline(cfg: DictConfig) -> MultiViewTransform:
@@ -70,10 +72,14 @@ def normalisation(dataset: str, node: Node | DictConfig) -> Statistics:
     """Return the mean and standard deviation that images of a data set are normalised with.
 
     Args:
-        dataset: `data.dataset`; its own statistics win over those of the node.
-        node: an augmentation node, whose `mean` and `std` serve any other data set; without them
+        dataset: `data.dataset`; its own statistics win over `mean` and `std` of the node.
+        node: an augmentation node. Its `statistics`, a `mean` and a `std` by name of data set, win
+            over all; its `mean` and `std` serve data sets without statistics of their own; else
             ImageNet's do.
     """
+    given = (node.get("statistics") or {}).get(dataset)
+    if given is not None:
+        return tuple(given["mean"]), tuple(given["std"])
     mean, std = STATISTICS.get(
         dataset, (node.get("mean", IMAGENET_DEFAULT_MEAN), node.get("std", IMAGENET_DEFAULT_STD))
     )
@@ -88,6 +94,12 @@ def _checked(node: Any) -> Node:
     for name, known in KNOWN.items():
         if name in node:
             _check_keys(node[name] or {}, known, f"augmentations.{name}")
+    for name, values in (node.get("statistics") or {}).items():
+        if not isinstance(values, dict) or {*values} != {"mean", "std"}:
+            raise UserError(
+                f"augmentations.statistics.{name} must hold mean and std, got {values!r}; give one "
+                "number a channel for each."
+            )
     return node
 
 
@@ -112,13 +124,15 @@ def _compose(dataset: str, node: Node) -> transforms.Compose:
 
 
 def _crop(settings: Node, size: int) -> list[Callable[[Any], Any]]:
-    bicubic = transforms.InterpolationMode.BICUBIC
+    name = settings.get("interpolation", "bicubic")
+    if name not in FILTERS:
+        raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}; got {name!r}")
     if not settings.get("enabled", False):
-        return [transforms.Resize(size, interpolation=bicubic)]
+        return [transforms.Resize(size, interpolation=FILTERS[name])]
     scale = (settings["crop_min_scale"], settings["crop_max_scale"])
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"expected 0 < crop_min_scale <= crop_max_scale <= 1, got {scale}")
-    return [transforms.RandomResizedCrop(size, scale=scale, interpolation=bicubic)]
+    return [transforms.RandomResizedCrop(size, scale=scale, interpolation=FILTERS[name])]
 
 
 def _padded_crop(settings: Node, size: int) -> list[Callable[[Any], Any]]:

@@ -26,6 +26,7 @@ from cp_plugin.config.settings import InjectConfig, UserError
 from cp_plugin.data import load
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.engine.settings import for_surrogate
 from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
@@ -99,6 +100,8 @@ def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
             not go together.
     """
     selection, settings = _selection(cfg), complete(_without_gpu(cfg))
+    if selection.crafts:
+        settings = for_surrogate(settings)
     check_method(selection, settings)
     selection.check_method(settings.method)
     return selection, settings

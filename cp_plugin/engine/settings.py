@@ -116,6 +116,28 @@ def complete(cfg: DictConfig) -> DictConfig:
     return done
 
 
+def for_surrogate(cfg: DictConfig) -> DictConfig:
+    """Return a completed configuration with the surrogate's own warm-up, where it names one.
+
+    `scheduler.surrogate_warmup_epochs` stands for `scheduler.warmup_epochs` where a poison is
+    crafted, so that one configuration serves a surrogate and its victims.
+
+    Raises:
+        UserError: it is no number of epochs.
+    """
+    epochs = cfg.scheduler.get("surrogate_warmup_epochs")
+    if epochs is None:
+        return cfg
+    if not isinstance(epochs, (int, float)) or epochs < 0:
+        raise UserError(
+            f"scheduler.surrogate_warmup_epochs must be a number of epochs, got {epochs!r}; give 0 "
+            "or more, or null for scheduler.warmup_epochs."
+        )
+    changed = cfg.copy()
+    changed.scheduler.warmup_epochs = epochs
+    return changed
+
+
 def device_count(devices: Any, accelerator: str = "auto") -> int:
     """Return how many devices Lightning will train on.
 

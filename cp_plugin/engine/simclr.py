@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed
 from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
@@ -14,7 +15,11 @@ from cp_plugin.engine.base import Method
 
 
 class SimCLR(Method):
-    """Two views of an image attract, all other views of the batch repel."""
+    """Two views of an image attract, all other views of the batch repel.
+
+    Each view is a batch of its own to the norm layers, or with `method_kwargs.joint_forward` both
+    views are one.
+    """
 
     def __init__(self, cfg: DictConfig | dict[str, Any], image_size: int) -> None:
         """Build backbone, projection head and loss; see `Method`."""
@@ -35,5 +40,9 @@ class SimCLR(Method):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         x0, x1 = self.contiguous(batch[0])
-        loss: Tensor = self.criterion(self.forward(x0), self.forward(x1))
+        if self.cfg.method_kwargs.get("joint_forward", False):
+            z0, z1 = self.forward(torch.cat([x0, x1])).chunk(2)
+        else:
+            z0, z1 = self.forward(x0), self.forward(x1)
+        loss: Tensor = self.criterion(z0, z1)
         return loss
