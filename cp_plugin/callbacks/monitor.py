@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.settings import MonitorConfig, UserError, build
@@ -49,7 +52,17 @@ class KNNMonitor(Callback):
         self._datasets = (bank, query)
         self._encoder_name = encoder
         self.results: list[dict[str, Any]] = []
-        """One entry an evaluation: epoch, step, seconds and the two accuracies with k and T."""
+        """One entry an evaluation: epoch, step, seconds, the two accuracies with k and T, and
+        `loss`, the mean training loss since the evaluation before it."""
+        self._losses: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: the evaluations so far."""
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, so that a resumed run has the whole curve."""
+        self.results = list(state_dict["results"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Read both data sets once.
@@ -80,6 +93,14 @@ class KNNMonitor(Callback):
         )
         self._host.encoder_name = self._encoder_name or self._host.encoder_name
 
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take note of the loss."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate every n epochs."""
         if (trainer.current_epoch + 1) % self.config.every_n_epochs == 0:
@@ -100,6 +121,7 @@ class KNNMonitor(Callback):
             if module_to_log is not None:
                 module_to_log.log(name, result.accuracy, prog_bar=True, batch_size=1)
         clean = results["knn_clean_bank"]
+        losses, self._losses = self._losses, []
         self.results.append(
             {
                 "epoch": trainer.current_epoch,
@@ -107,6 +129,7 @@ class KNNMonitor(Callback):
                 "seconds": time.perf_counter() - start,
                 "k": clean.k,
                 "temperature": clean.temperature,
+                "loss": float(torch.stack(losses).mean()) if losses else None,
                 **{name: result.accuracy for name, result in results.items()},
             }
         )
@@ -137,6 +160,10 @@ class Journal(Callback):
         super().__init__()
         self._monitor, self._folder = monitor, folder
         self._written = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Leave alone what the run that is resumed wrote."""
+        self._written = len(self._monitor.results)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what is new."""

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from cp_plugin import CraftPoison, InjectPoison, KNNMonitor, Poison
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.callbacks import MirrorViews
+from cp_plugin.callbacks.monitor import Journal
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos, RawDataset
+from cp_plugin.util.run_files import KNN_FILE
 from tests.support.own_module import ROOTS, loader, simclr, trainer
 
 pytestmark = [
@@ -271,6 +273,25 @@ def test_a_resumed_craft_goes_on_where_it_was(data, tmp_path):
     assert (tmp_path / "poison.safetensors").exists()
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert "delta" not in str(checkpoint["state_dict"].keys())
+
+
+def test_a_resumed_run_has_the_whole_curve(data, tmp_path):
+    def fit(epochs, **kwargs):
+        monitor = KNNMonitor(query=Photos(train=False, patches=2), every_n_epochs=1)
+        module = simclr(lightning.pytorch)
+        callbacks = [monitor, Journal(monitor, tmp_path)]
+        fitting = trainer(lightning.pytorch, tmp_path, *callbacks, max_epochs=epochs)
+        fitting.fit(module, loader(data), **kwargs)
+        return fitting, monitor
+
+    first, before = fit(2)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    _, after = fit(3, ckpt_path=tmp_path / "last.ckpt")
+    assert [row["epoch"] for row in after.results] == [0, 1, 2]
+    assert after.results[:2] == before.results
+    assert all(row["loss"] > 0 for row in after.results)
+    with (tmp_path / KNN_FILE).open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 def test_a_changed_snapshot_is_refused(data, tmp_path):
