@@ -23,7 +23,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.subset import choose
+from cp_plugin.data.subset import keys_of_part
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.mirror import Mirror
 from cp_plugin.util.provenance import versions
@@ -167,7 +167,12 @@ class Crafting:
         config = self.config
         names = class_names(self.raw.dataset)
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = choose(self.labels, len(self.raw), config.fraction, generator)
+        _pass_over_shuffles(self.labels, len(self.raw), generator)
+        chosen, keys = torch.ones(len(self.raw), dtype=torch.bool), torch.empty(0)
+        if config.fraction < 1:
+            of_all = torch.tensor([self.raw[image].key for image in range(len(self.raw))])
+            keys = keys_of_part(of_all, self.labels, config.fraction)
+            chosen = torch.isin(of_all, keys)
         if config.granularity == "class":
             if self.labels is None or names is None or not bool((self.labels >= 0).any()):
                 raise UserError(
@@ -179,7 +184,16 @@ class Crafting:
             rows, count = Rows.of_samples(chosen), int(chosen.sum())
         if resumed:
             if rows.keys is not None:
-                rows.restore(resumed["tensors"]["keys"])
+                saved = resumed["tensors"]["keys"]
+                known = saved[saved != 0] if config.fraction < 1 else saved[:0]
+                if len(saved) != count or not bool(torch.isin(known, keys).all()):
+                    raise UserError(
+                        f"the checkpoint's perturbation has {len(saved)} rows of other images "
+                        f"than the {count} that poison.fraction={config.fraction} poisons here; "
+                        "resume with the data set, the settings and the version that it was made "
+                        "with, or start anew."
+                    )
+                rows.restore(saved)
             return Perturbation(resumed["tensors"]["delta"], config.eps), rows
         perturbation = self._start(count, generator)
         if config.init not in (RANDOM, ZERO):
@@ -251,6 +265,13 @@ class Crafting:
             "seed": str(self.seed),
             "versions": json.dumps(versions()),
         }
+
+
+def _pass_over_shuffles(labels: Tensor | None, count: int, generator: torch.Generator) -> None:
+    """Draw what a seeded choice of images once drew first: a seed keeps the start that it gave."""
+    groups = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    for members in torch.unique(groups, return_counts=True)[1].tolist():
+        torch.randperm(members, generator=generator)
 
 
 def _backbone(host: ModuleHost) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cp_plugin.attack.perturbation import Perturbation, decode
 from cp_plugin.config.settings import Granularity, UserError, eps_levels
+from cp_plugin.data.subset import keys_of_part
 
 FORMAT = "1"
 
@@ -159,10 +160,9 @@ class Poison:
         return float(self.info.get("fraction", 1))
 
     def part(self, fraction: float, keys_N: Tensor, labels_N: Tensor | None) -> Poison:
-        """Return the poison for a part of the images, the same part of each class.
+        """Return the poison for a part of its images, see `keys_of_part`.
 
-        The choice depends on the images alone: it is the same everywhere, and a smaller part lies
-        within a larger one. It is in the file as the rows' keys, or as `chosen`.
+        The choice is in the file as the rows' keys, or as `chosen`.
 
         Args:
             fraction: in (0, 1]; of the images that the poison is in.
@@ -171,14 +171,8 @@ class Poison:
         """
         labels = torch.zeros_like(keys_N) if labels_N is None else labels_N
         names = [self.classes[y] if self.classes and y >= 0 else None for y in labels.tolist()]
-        rows = self.rows(keys_N.tolist(), names)
-        kept = []
-        for label in torch.unique(labels).tolist():
-            # Sorted by key, which is a hash: an order that has nothing to do with the images.
-            members = torch.unique(keys_N[(labels == label) & (rows >= 0)])
-            if len(members):
-                kept.append(members[: max(1, round(fraction * len(members)))])
-        chosen = torch.unique(torch.cat(kept)) if kept else keys_N[:0]
+        carry = self.rows(keys_N.tolist(), names) >= 0
+        chosen = keys_of_part(keys_N[carry], labels[carry], fraction)
         info = {**self.info, "fraction": repr(fraction * self.fraction)}
         if self.granularity == "class":
             return replace(self, info=info, chosen=chosen)

@@ -1,4 +1,4 @@
-"""Which images of a data set are poisoned."""
+"""Which images of a data set a part of them is: the same for whoever asks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import torch
 from torch import Tensor
 
 
-def choose(
-    targets: Tensor | None, count: int, fraction: float, generator: torch.Generator
-) -> Tensor:
-    """Return which images are poisoned, bool (N): the same part of each class, if known."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    groups = torch.zeros(count, dtype=torch.int64) if targets is None else targets
-    for group in sorted(set(groups.tolist())):
-        members = (groups == group).nonzero().squeeze(1)
-        order = torch.randperm(len(members), generator=generator)
-        chosen[members[order[: max(1, round(fraction * len(members)))]]] = True
+def keys_of_part(keys_N: Tensor, labels_N: Tensor | None, fraction: float) -> Tensor:
+    """Return the keys of a part of the images, the same part of each class, at least one image.
+
+    Images are taken in the order of their keys, which are hashes: an order that has nothing to do
+    with what the images show and everything to do with the images alone. So every poison of a
+    fraction sits in the same images, and a smaller part lies within a larger one.
+
+    Args:
+        keys_N: int64 (N), the keys of the images; identical images have one key and count once.
+        labels_N: int64 (N), images with a negative label are a class of their own; None where
+            there are no labels.
+        fraction: in (0, 1].
+
+    Returns:
+        int64 (M), sorted, each once.
+    """
+    labels = torch.zeros_like(keys_N) if labels_N is None else labels_N
+    kept = [keys_N[:0]]
+    for label in torch.unique(labels).tolist():
+        members = torch.unique(keys_N[labels == label])
+        kept.append(members[: max(1, round(fraction * len(members)))])
+    chosen: Tensor = torch.unique(torch.cat(kept))
     return chosen

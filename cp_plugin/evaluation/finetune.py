@@ -13,7 +13,6 @@ from torch.nn import functional
 from torchvision import transforms
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.subset import choose
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.mirror import mirror
 
@@ -71,7 +70,7 @@ def finetune(
     if epochs < 1:
         raise UserError(f"Fine-tuning needs at least one epoch, got {epochs}.")
     draw = torch.Generator().manual_seed(seed)
-    chosen = choose(bank.labels, len(bank.labels), fraction, draw) & (bank.labels >= 0)
+    chosen = _drawn(bank.labels, fraction, draw) & (bank.labels >= 0)
     rows = chosen.nonzero().flatten().tolist()
     images = torch.stack([bank.images[row] for row in rows])
     labels = bank.labels[chosen]
@@ -123,6 +122,16 @@ def check_fraction(fraction: float) -> None:
             f"--finetune must be a part of the labelled images, got {fraction}; give a "
             "number in (0, 1], such as 0.1."
         )
+
+
+def _drawn(labels_N: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Draw a part of each class by chance, at least one image; bool (N)."""
+    chosen = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in torch.unique(labels_N).tolist():
+        members = (labels_N == label).nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=generator)
+        chosen[members[order[: max(1, round(fraction * len(members)))]]] = True
+    return chosen
 
 
 def _with_classifier(encoder: nn.Module, example: Tensor, bank: Bank, query: Bank) -> nn.Module:
