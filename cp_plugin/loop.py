@@ -23,6 +23,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import CraftConfig, UserError, build
 from cp_plugin.data import PreTransformDataset, RawDataset
 from cp_plugin.data.batch import Batch
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.data.loading import endless, moved, raw_loader
 from cp_plugin.hosts.checks import check_module, check_pipeline
 from cp_plugin.hosts.module import ModuleHost
@@ -112,7 +113,9 @@ class PoisonLoop:
         module = _Together(model, others) if others else model
         check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
-        self._raw = RawDataset(dataloader.dataset, config.image_size or view_mirror.crop_size)
+        dataset = dataloader.dataset
+        size = canonical_size(dataset, view_mirror.resized_side, config.image_size)
+        self._raw = RawDataset(dataset, size)
         self._loader = raw_loader(dataloader, self._raw)
         self._batches = endless(self._loader)
         seed = run_seed() if config.seed is None else config.seed

@@ -137,7 +137,7 @@ def _publish(file: Path, out: Path, name: str) -> None:
     poison = Poison.load(file)
     shutil.copyfile(file, out / f"{name}.safetensors")
     photos = Photos(train=True)
-    raw, names = RawDataset(photos, poison.image_size), class_names(photos) or ()
+    raw, names = RawDataset(photos, poison.size), class_names(photos) or ()
     each = len(photos) // len(names)
     items = [raw[row * each] for row in range(min(10, len(names)))]
     rows = poison.rows([item.key for item in items], names[: len(items)])

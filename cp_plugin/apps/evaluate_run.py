@@ -15,6 +15,7 @@ from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
+from cp_plugin.data.canonical import canonical_form
 from cp_plugin.engine import METHODS, build_pipeline
 from cp_plugin.engine.supervised import Supervised
 from cp_plugin.evaluation.banks import Bank
@@ -188,10 +189,8 @@ def _sets(
     if tests is None:
         raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
     view_mirror = mirror(pipeline)
-    clean, query = (
-        Bank.clean(train, view_mirror.crop_size),
-        Bank.clean(tests, view_mirror.crop_size),
-    )
+    sizes = (view_mirror.view_size, canonical_form(train, view_mirror.resized_side).size)
+    clean, query = Bank.clean(train, *sizes), Bank.clean(tests, *sizes)
     banks = {"clean": clean}
     if poison is not None:
         poison.check_classes(clean.classes)

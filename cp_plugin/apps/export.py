@@ -45,7 +45,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder.")
     dataset = _dataset(poison_file, data)
-    raw = RawDataset(dataset, poison.image_size)
+    raw = RawDataset(dataset, poison.size)
     known, names = labels(dataset), class_names(dataset)
     add = AddPoison(poison, names)
     relative = list(_relative_names(raw, known, names))

@@ -19,6 +19,7 @@ from cp_plugin.data import (
     labels,
     wrappers,
 )
+from cp_plugin.data.image import Size
 
 CHECKED = 1000
 """Images looked up before training, all over the data set; the rest are when they are loaded."""
@@ -81,7 +82,7 @@ def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformD
 def added(dataset: Any, poison: Poison) -> PreTransformDataset:
     """Return a data set whose images carry a poison that is known to fit."""
     add = AddPoison(poison, class_names(dataset))
-    return PreTransformDataset(dataset, add, poison.image_size, add.many)
+    return PreTransformDataset(dataset, add, poison.size, add.many)
 
 
 def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
@@ -101,7 +102,7 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         _check_images(dataset, poison)
     if fraction == 1:
         return poison
-    keys = torch.tensor(_keys(dataset, poison.image_size, range(len(dataset))))
+    keys = torch.tensor(_keys(dataset, poison.size, range(len(dataset))))
     return poison.part(fraction, keys, labels(dataset))
 
 
@@ -124,7 +125,7 @@ def _check_images(dataset: Any, poison: Poison) -> None:
         return
     count = min(len(dataset), CHECKED)
     looked_up = torch.linspace(0, len(dataset) - 1, count).round().long()
-    rows = poison.rows(keys=_keys(dataset, poison.image_size, looked_up.tolist()))
+    rows = poison.rows(keys=_keys(dataset, poison.size, looked_up.tolist()))
     missing = looked_up[rows < 0].tolist()
     if missing:
         names = ", ".join(
@@ -136,7 +137,7 @@ def _check_images(dataset: Any, poison: Poison) -> None:
         )
 
 
-def _keys(dataset: Any, image_size: int, rows: Sequence[int]) -> list[int]:
+def _keys(dataset: Any, image_size: Size, rows: Sequence[int]) -> list[int]:
     """Return the keys of the images in some rows, also of a data set without a transform."""
     if wrappers.transforms_of(dataset):
         raw = RawDataset(dataset, image_size)

@@ -16,6 +16,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.baselines import RandomConfig, SyntheticConfig
 from cp_plugin.config.settings import Granularity, UserError
 from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data.image import Size
 from cp_plugin.util.provenance import versions
 
 
@@ -32,12 +33,13 @@ class Images:
     """int64 (N), negative where unlabelled."""
 
     @classmethod
-    def read(cls, dataset: Any, image_size: int | None) -> Images:
+    def read(cls, dataset: Any, image_size: int | Size | None) -> Images:
         """Read every image once.
 
         Args:
             dataset: a map-style data set of images.
-            image_size: side in pixels; None keeps the images' own.
+            image_size: canonical height and width in pixels, or the side of a square; None
+                keeps the images' own.
         """
         raw = RawDataset(dataset, image_size)
         channels, height, width = raw[0].image.shape
@@ -77,14 +79,17 @@ class Images:
         return whole if fraction == 1 else whole.part(fraction, self.keys, self.labels)
 
 
-def random_poison(dataset: Any, image_size: int | None, config: RandomConfig, seed: int) -> Poison:
+def random_poison(
+    dataset: Any, image_size: int | Size | None, config: RandomConfig, seed: int
+) -> Poison:
     """Draw noise in [-eps, eps] for the images or the classes of a data set.
 
     Uniform, or Gaussian with standard deviation eps, clipped at eps.
 
     Args:
         dataset: a map-style data set of images.
-        image_size: side of delta in pixels; None keeps the images' own.
+        image_size: canonical height and width in pixels, or the side of a square; None keeps
+            the images' own.
         config: eps, distribution, granularity, fraction and seed.
         seed: used where the configuration has none.
 
@@ -113,7 +118,7 @@ DRAWS = 1000
 
 
 def synthetic_poison(
-    dataset: Any, image_size: int | None, config: SyntheticConfig, seed: int
+    dataset: Any, image_size: int | Size | None, config: SyntheticConfig, seed: int
 ) -> Poison:
     """Draw noise that tells the classes apart by a linear function of the pixels.
 
@@ -123,7 +128,8 @@ def synthetic_poison(
 
     Args:
         dataset: a map-style data set of labelled images.
-        image_size: side of delta in pixels; None keeps the images' own.
+        image_size: canonical height and width in pixels, or the side of a square; None keeps
+            the images' own.
         config: eps, granularity, patch, separation, fraction and seed.
         seed: used where the configuration has none.
 
@@ -200,7 +206,9 @@ def _labelled_keys(keys_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 NoiseConfig = RandomConfig | SyntheticConfig
 
 
-def sample_noise(dataset: Any, image_size: int | None, config: NoiseConfig, seed: int) -> Poison:
+def sample_noise(
+    dataset: Any, image_size: int | Size | None, config: NoiseConfig, seed: int
+) -> Poison:
     """Draw random or synthetic noise, see `random_poison` and `synthetic_poison`.
 
     Raises:

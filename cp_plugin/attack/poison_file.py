@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cp_plugin.attack.perturbation import Perturbation, decode
 from cp_plugin.config.settings import Granularity, UserError, eps_levels
+from cp_plugin.data.image import Size
 from cp_plugin.data.subset import keys_of_part
 
 FORMAT = "1"
@@ -63,9 +64,14 @@ class Poison:
         return self.perturbation.eps
 
     @property
+    def size(self) -> Size:
+        """Height and width of delta in pixels, to which images are brought."""
+        return self.perturbation.shape[1:]
+
+    @property
     def image_size(self) -> int:
-        """Side of delta in pixels."""
-        return self.perturbation.shape[-1]
+        """Side of delta in pixels; of its width where it is no square, see `size`."""
+        return self.size[1]
 
     def save(self, path: str | Path) -> Path:
         """Write the file atomically; an existing file is never overwritten.
@@ -222,7 +228,8 @@ class Poison:
         if images_BCHW.dtype != torch.uint8 or tuple(images_BCHW.shape[1:]) != expected:
             raise UserError(
                 f"expected uint8 images of shape {expected}, got {images_BCHW.dtype} "
-                f"{tuple(images_BCHW.shape[1:])}; resize to {self.image_size} pixels first."
+                f"{tuple(images_BCHW.shape[1:])}; bring the images to canonical form with "
+                f"Canonical({self.size}) first."
             )
         return self.offsets(rows_B).add_(images_BCHW).clamp_(0, 255).to(torch.uint8)
 

@@ -1,13 +1,14 @@
-"""Lightning callbacks: craft a poison, train a victim on one, watch a kNN."""
+"""Lightning callbacks: craft a poison, train a victim or a clean baseline, watch a kNN."""
 
 from cp_plugin.attack.inject import inject
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
-from cp_plugin.callbacks.inject import InjectPoison, MirrorViews
+from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
 from cp_plugin.callbacks.monitor import KNNMonitor
 from cp_plugin.callbacks.supervised import CraftErrorMin, CraftTap
 
 __all__ = [
+    "CanonicalImages",
     "CraftErrorMin",
     "CraftPoison",
     "CraftTap",

@@ -23,8 +23,8 @@ else:
             """A callback of `lightning.pytorch` and of `pytorch_lightning` at once."""
 
 
-POISON, DEFENCE, VIEWS = "poison", "defence", "views"
-ORDER = (POISON, DEFENCE, VIEWS)
+CANONICAL, POISON, DEFENCE, VIEWS = "canonical", "poison", "defence", "views"
+ORDER = (CANONICAL, POISON, DEFENCE, VIEWS)
 """What is done to a training image, first to last."""
 
 

@@ -20,6 +20,7 @@ from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, trainin
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, build
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.data.loading import endless
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.checks import check_pipeline
@@ -86,7 +87,10 @@ class CraftPoison(Callback):
         pipeline = RawDataset(loader.dataset, None).transform
         check_pipeline(type(pl_module).__name__, pipeline)
         view_mirror = mirror(pipeline).to(pl_module.device)
-        raw = RawDataset(loader.dataset, self.config.image_size or view_mirror.crop_size)
+        raw = RawDataset(
+            loader.dataset,
+            canonical_size(loader.dataset, view_mirror.resized_side, self.config.image_size),
+        )
         host = self.adapted(trainer, pl_module, raw)
         host.check(view_mirror.views)
         self._host = host

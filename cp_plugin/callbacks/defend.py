@@ -24,6 +24,7 @@ from cp_plugin.config.defences import (
 )
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.defences import Cutout, GaussianNoise, Mixing, Pixels, adversarial_views
 from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
@@ -96,7 +97,8 @@ class Defence(Callback):
         if config is None:
             return
         if isinstance(config, IMAGE_DEFENCES):
-            size = mirror(RawDataset(loader.dataset, None).transform).crop_size
+            pipeline = RawDataset(loader.dataset, None).transform
+            size = canonical_size(loader.dataset, mirror(pipeline).resized_side)
             device = pl_module.device
             changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
             self._facts.update(facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from cp_plugin.attack.inject import added, part
 from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
+from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
-from cp_plugin.config.settings import InjectConfig, build
-from cp_plugin.data import RawDataset
+from cp_plugin.config.settings import CleanConfig, InjectConfig, UserError, build
+from cp_plugin.data import RawDataset, wrappers
+from cp_plugin.data.canonical import canonical_form, canonical_size
+from cp_plugin.data.transformed import resized
 from cp_plugin.mirror import mirror
 from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import derived_seed, run_seed
+
+log = logging.getLogger("cp_plugin")
 
 
 class InjectPoison(Callback):
@@ -69,7 +74,29 @@ class InjectPoison(Callback):
         """
         dataset = training_loader(trainer).dataset
         self._poison = part(dataset, self._whole, self.fraction)
+        self._announce_size(dataset)
         self._exchange = Exchange(trainer, added(dataset, self._poison))
+
+    def _announce_size(self, dataset: Any) -> None:
+        """Say where images are brought to the poison's size, and what clean runs then need."""
+        if not wrappers.transforms_of(dataset):
+            return
+        pipeline = RawDataset(dataset, None).transform
+        try:
+            resized_side = mirror(pipeline).resized_side
+        except UserError:  # a victim's transform needs no mirror
+            resized_side = None
+        form, size = canonical_form(dataset, resized_side), self._poison.size
+        if form.size == size:
+            form.announce()
+            return
+        log.warning(
+            "every image is resized and centre-cropped to the %d x %d pixels of the poison before "
+            "its augmentation; clean runs that it is compared with see the same pixels with "
+            "+poison.image_size=%d (in your own code CanonicalImages(%d))",
+            *size,
+            *[self._poison.image_size] * 2,
+        )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Put the loader's own data set back; write what a part of a poison was used."""
@@ -92,6 +119,61 @@ class InjectPoison(Callback):
             self._exchange.restore()
 
 
+class CanonicalImages(Callback):
+    """Train a clean baseline: on the images of a poisoned run, without delta.
+
+    Images that are not of canonical size are resized and centre-cropped before the augmentation,
+    as they are for a poison. Where all have that size, nothing is done.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[CanonicalImages(), MirrorViews()])
+    """
+
+    acts_on_images = (CANONICAL,)
+
+    def __init__(self, image_size: int | None = None) -> None:
+        """Take `poison.image_size` of the run that this one is compared with, if it was set.
+
+        Raises:
+            UserError: it is out of range.
+        """
+        super().__init__()
+        self.image_size = build(CleanConfig, {"image_size": image_size}).image_size
+        self._exchange: Exchange | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the place before whatever else acts on images."""
+        if stage == "fit":
+            put_in_order(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the canonical images in the loader.
+
+        Raises:
+            UserError: the data set's transform has no mirror, or an image cannot be read.
+        """
+        dataset = training_loader(trainer).dataset
+        if not wrappers.transforms_of(dataset):  # finished tensors, which no one resizes
+            return
+        resized_side = mirror(RawDataset(dataset, None).transform).resized_side
+        form = canonical_form(dataset, resized_side, self.image_size)
+        form.announce()
+        if form.changes:
+            self._exchange = Exchange(trainer, resized(dataset, form.size))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put the loader's own data set back."""
+        self._restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Put the loader's own data set back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._exchange is not None:
+            self._exchange.restore()
+
+
 class MirrorViews(Callback):
     """Train on views made by the mirror on the module's device, not by the host's transform.
 
@@ -111,8 +193,9 @@ class MirrorViews(Callback):
         Raises:
             UserError: the transform has no mirror.
         """
-        raw = RawDataset(training_loader(trainer).dataset, None)
-        view_mirror = mirror(raw.transform).to(pl_module.device)
+        dataset = training_loader(trainer).dataset
+        view_mirror = mirror(RawDataset(dataset, None).transform).to(pl_module.device)
+        raw = RawDataset(dataset, canonical_size(dataset, view_mirror.resized_side))
         generator = torch.Generator()
         seed = run_seed()
 
@@ -165,6 +248,7 @@ class NoisePoison(InjectPoison):
             UserError: the noise needs labels and there are none.
         """
         dataset = training_loader(trainer).dataset
-        size = mirror(RawDataset(dataset, None).transform).crop_size
+        resized_side = mirror(RawDataset(dataset, None).transform).resized_side
+        size = canonical_size(dataset, resized_side, self.config.image_size)
         self._noise = self._whole = sample_noise(dataset, size, self.config, run_seed())
         super().on_train_start(trainer, pl_module)

@@ -15,6 +15,7 @@ from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.settings import MonitorConfig, UserError, build
 from cp_plugin.data import RawDataset, clean_dataset
+from cp_plugin.data.canonical import canonical_form
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
@@ -85,9 +86,9 @@ class KNNMonitor(Callback):
         view_mirror = mirror(pipeline).to(pl_module.device)
         poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
         self._poison = poisons[0] if poisons else None
-        size = view_mirror.crop_size
+        sizes = (view_mirror.view_size, canonical_form(bank, view_mirror.resized_side).size)
         self._normalize = view_mirror.normalize
-        self._bank, self._query = Bank.clean(bank, size), Bank.clean(query, size)
+        self._bank, self._query = Bank.clean(bank, *sizes), Bank.clean(query, *sizes)
         self._host = adapt(
             pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
         )

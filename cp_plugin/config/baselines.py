@@ -16,6 +16,7 @@ from cp_plugin.config.settings import (
     at_least_one,
     check_eps,
     check_fraction,
+    check_image_size,
     one_of,
 )
 
@@ -34,6 +35,8 @@ class SampledConfig:
     """Part of the images that is poisoned, class-balanced where there are labels."""
     seed: int | None = None
     """None: the run's seed."""
+    image_size: int | None = None
+    """As that of the poison it is compared with, where that was set."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -42,6 +45,7 @@ class SampledConfig:
             UserError: a value is out of its range.
         """
         check_eps(self.eps)
+        check_image_size(self.image_size)
         one_of("granularity", self.granularity, get_args(Granularity))
         check_fraction(self.fraction)
 
@@ -118,7 +122,7 @@ class TapConfig:
     step_size: float = 0.1
     """Length of one sign-gradient step, in units of eps."""
     image_size: int | None = None
-    """Side of delta in pixels. None: the largest crop of the host's pipeline."""
+    """Side of delta in pixels. None: the images' own size, where they have one."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0

@@ -13,7 +13,14 @@ from typing import Any
 from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
-from cp_plugin.config.settings import CraftConfig, InjectConfig, MonitorConfig, UserError, build
+from cp_plugin.config.settings import (
+    CleanConfig,
+    CraftConfig,
+    InjectConfig,
+    MonitorConfig,
+    UserError,
+    build,
+)
 
 GROUPS = ("poison", "monitor", "defence")
 """The configuration's groups, in the order in which `Selection.of` takes them."""
@@ -43,6 +50,8 @@ class Selection:
     defence_name: str = "none"
     """The defence's name; `none` where there is none."""
     defence: DefenceSettings | None = None
+    image_size: int | None = None
+    """Side of the images of a clean run, where it was set."""
 
     @classmethod
     def of(
@@ -68,8 +77,11 @@ class Selection:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KINDS)}."
             raise UserError(f"poison.name={name} is unknown; {hint}")
         kind = KINDS[name]
-        if kind is None and values:
-            raise UserError(f"poison.{next(iter(values))} is not a setting of poison=none.")
+        image_size = None
+        if kind is None:
+            for key in values.keys() - {"image_size"}:
+                raise UserError(f"poison.{key} is not a setting of poison=none.")
+            image_size = build(CleanConfig, values).image_size
         settings = None if kind is None else build(kind, values)
         watched = None
         if monitor:
@@ -78,7 +90,12 @@ class Selection:
         defending = dict(defence or {"name": "none"})
         defence_name = str(defending.pop("name", None))
         chosen = cls(
-            name, settings, watched, defence_name, defence_settings(defence_name, defending)
+            name,
+            settings,
+            watched,
+            defence_name,
+            defence_settings(defence_name, defending),
+            image_size,
         )
         if chosen.crafts and chosen.defence is not None:
             raise UserError(

@@ -56,7 +56,7 @@ class AlternationConfig:
     """`random` (uniform in [-eps, eps]), `zero`, or the path of a poison file to start from."""
     image_size: int | None = None
     """Side of delta in pixels; images of other sizes are resized and centre-cropped first.
-    None: the largest crop of the host's pipeline."""
+    None: the images' own size, where they have one (see `cp_plugin.data.canonical`)."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0
@@ -82,10 +82,7 @@ class AlternationConfig:
                 at_least_one(name, getattr(self, name), " or `epoch`")
         check_step_size(self.step_size)
         check_fraction(self.fraction)
-        if self.image_size is not None and not 8 <= self.image_size <= 512:
-            raise UserError(
-                f"poison.image_size must be between 8 and 512 pixels, got {self.image_size}."
-            )
+        check_image_size(self.image_size)
 
     @property
     def joint(self) -> bool:
@@ -131,6 +128,22 @@ class CraftConfig(AlternationConfig):
     def uses_dual_branch(self) -> bool:
         """Whether gradients reach delta through a momentum branch."""
         return self.dual_branch
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """No poison: the clean baseline of a comparison."""
+
+    image_size: int | None = None
+    """As that of the poison it is compared with, where that was set."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        check_image_size(self.image_size)
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,16 @@ def check_eps(eps: float) -> float:
             f"got {eps}. The paper uses 8/255."
         )
     return eps
+
+
+def check_image_size(image_size: int | None) -> None:
+    """Check the side of canonical images.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if image_size is not None and not 8 <= image_size <= 512:
+        raise UserError(f"poison.image_size must be between 8 and 512 pixels, got {image_size}.")
 
 
 def check_fraction(fraction: float) -> None:

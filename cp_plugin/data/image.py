@@ -16,6 +16,9 @@ from torchvision.transforms import functional as operations
 from cp_plugin.config.settings import UserError
 
 CHANNELS = (1, 3, 4)
+_BICUBIC = InterpolationMode.BICUBIC
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 def image_key(image_CHW: Tensor) -> int:
@@ -43,13 +46,18 @@ def image_key(image_CHW: Tensor) -> int:
 class Canonical:
     """Bring any image to uint8 RGB (3, H, W) of one size.
 
-    An image whose size differs is resized, shorter side to `size` (bicubic, antialiased, by
-    Pillow), and cropped in the centre.
+    An image whose size differs is resized until it covers the size (bicubic, antialiased, by
+    Pillow), and cropped in the centre. Which size that is: `cp_plugin.data.canonical`.
     """
 
-    def __init__(self, size: int | None) -> None:
-        """Keep the size; None leaves images as large as they are."""
-        self.size = size
+    def __init__(self, size: int | Size | None) -> None:
+        """Keep the size.
+
+        Args:
+            size: height and width in pixels, or the side of a square; None leaves images as large
+                as they are.
+        """
+        self.size: Size | None = (size, size) if isinstance(size, int) else size
 
     def __call__(self, image: Any) -> Tensor:
         """Return the image in canonical form.
@@ -59,22 +67,38 @@ class Canonical:
                 floating point in [0, 1].
 
         Returns:
-            uint8 (3, H, W), where H = W = size unless size is None.
+            uint8 (3, H, W), of `size` unless that is None.
 
         Raises:
             UserError: it is none of these.
         """
         if isinstance(image, Tensor):
             pixels = _from_tensor(image)
-            if self.size is None or tuple(pixels.shape[1:]) == (self.size, self.size):
+            if self.size is None or tuple(pixels.shape[1:]) == self.size:
                 return pixels
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         picture = as_picture(image)
-        if self.size is not None and picture.size != (self.size, self.size):
-            picture = operations.resize(picture, self.size, InterpolationMode.BICUBIC)
-            picture = operations.center_crop(picture, [self.size, self.size])
+        if self.size is not None and picture.size != self.size[::-1]:
+            picture = operations.resize(picture, self._covering(picture), _BICUBIC)
+            picture = operations.center_crop(picture, list(self.size))
         channels = [np.asarray(channel) for channel in picture.split()]
         return torch.from_numpy(np.stack(channels))
+
+    def _covering(self, picture: Image.Image) -> list[int]:
+        """Return the size at which a picture just covers the canonical one, as torchvision has it.
+
+        For a square that is its shorter side, the longer one rounded down: keys of poison files
+        depend on it.
+        """
+        assert self.size is not None
+        height, width = self.size
+        if height == width:
+            return [height]
+        scale = max(height / picture.height, width / picture.width)
+        return [
+            max(height, round(picture.height * scale)),
+            max(width, round(picture.width * scale)),
+        ]
 
     def __repr__(self) -> str:
         return f"Canonical({self.size})"

@@ -16,7 +16,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import slots as markers
 from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.image import Canonical, image_key
+from cp_plugin.data.image import Canonical, Size, image_key
 from cp_plugin.data.pipelines import view_pipelines
 
 MOST_VIEWS = 16
@@ -60,12 +60,13 @@ class RawDataset(Dataset[Item]):
             apart (`q, k, target`); 1 where they stand together.
     """
 
-    def __init__(self, dataset: Any, image_size: int | None) -> None:
+    def __init__(self, dataset: Any, image_size: int | Size | None) -> None:
         """Take the transform off.
 
         Args:
             dataset: the host's data set.
-            image_size: side of the canonical images in pixels; None keeps each image's size.
+            image_size: height and width of the canonical images in pixels, or the side of a
+                square; None keeps each image's size.
 
         Raises:
             UserError: the data set streams, is empty, has no `transform`, or does not return what

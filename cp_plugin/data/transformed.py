@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import wrappers
-from cp_plugin.data.image import Canonical, image_key, is_image, like
+from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
 from cp_plugin.data.raw import RawDataset, read
@@ -37,7 +37,7 @@ class PreTransformDataset(Dataset[Any]):
         self,
         dataset: Any,
         add: Add,
-        image_size: int | None = None,
+        image_size: int | Size | None = None,
         add_many: AddMany | None = None,
     ) -> None:
         """Wrap a data set, which stays as it is.
@@ -45,7 +45,8 @@ class PreTransformDataset(Dataset[Any]):
         Args:
             dataset: the data set of clean images.
             add: from canonical image, key and label (-1: unlabelled) to the image to train on.
-            image_size: side of the canonical images in pixels; None keeps each image's size.
+            image_size: height and width of the canonical images in pixels, or the side of a
+                square; None keeps each image's size.
             add_many: the same for a batch; with it, images that the data set holds in memory are
                 changed once, now.
 
@@ -158,6 +159,15 @@ def changes_in(dataset: Any) -> Iterator[Add]:
     inside = [dataset.dataset] if isinstance(dataset, RawDataset) else wrappers.inside(dataset)
     for child in inside:
         yield from changes_in(child)
+
+
+def resized(dataset: Any, size: Size) -> PreTransformDataset:
+    """Return a data set whose images are brought to a canonical size before its transform."""
+    return PreTransformDataset(dataset, _unchanged, size)
+
+
+def _unchanged(image_CHW: Tensor, key: int, label: int) -> Tensor:
+    return image_CHW
 
 
 @dataclass(frozen=True)

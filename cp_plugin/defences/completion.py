@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cp_plugin.config.defences import MatrixCompletionConfig
 from cp_plugin.data import PreTransformDataset, RawDataset, SampleError, wrappers
+from cp_plugin.data.image import Size
 from cp_plugin.defences.lowrank import complete
 
 log = logging.getLogger("cp_plugin")
@@ -77,7 +78,7 @@ class Completions:
         self,
         dataset: Any,
         config: MatrixCompletionConfig,
-        image_size: int | None = None,
+        image_size: int | Size | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
@@ -87,7 +88,8 @@ class Completions:
             dataset: a map-style data set of images, which are completed as they come, poisoned
                 ones with their poison.
             config: the settings.
-            image_size: side in pixels that images are brought to; None keeps their own.
+            image_size: canonical height and width in pixels, or the side of a square; None
+                keeps the images' own.
             device: where they are computed; they are kept on the CPU.
             seed: used where the configuration has none.
 
@@ -127,7 +129,7 @@ class Completions:
         return choices[int(torch.randint(len(choices), ()))]
 
 
-def _batches(dataset: Any, image_size: int | None) -> Iterator[tuple[list[int], Tensor]]:
+def _batches(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the images of a data set once each by key, stacked where their sizes are equal."""
     seen: set[int] = set()
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
@@ -149,7 +151,7 @@ def _stacked(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
 
-def _images(dataset: Any, image_size: int | None) -> Iterator[tuple[int, Tensor]]:
+def _images(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[int, Tensor]]:
     if wrappers.transforms_of(dataset):
         raw = RawDataset(dataset, image_size)
         for row in range(len(raw)):

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional
 from cp_plugin.config.defences import MatrixCompletionConfig, SmoothingConfig, defence_settings
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import PreTransformDataset
+from cp_plugin.data.image import Size
 from cp_plugin.defences.completion import Completions
 
 IMAGE_DEFENCES = (MatrixCompletionConfig, SmoothingConfig)
@@ -73,7 +74,7 @@ def defended(
     dataset: Any,
     name: str,
     *,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
     **settings: Any,
@@ -83,7 +84,8 @@ def defended(
     Args:
         dataset: a map-style data set of images, poisoned ones included; it stays as it is.
         name: `matrix_completion` (all completions are made now) or `smoothing`.
-        image_size: side in pixels that images are brought to; None keeps their own.
+        image_size: canonical height and width in pixels, or the side of a square; None keeps
+            the images' own.
         device: where completions are computed.
         seed: of the pixels that are dropped.
         settings: those of the defence, by name, see `cp_plugin.config.defences`.
@@ -106,7 +108,7 @@ def defended(
 def with_images_changed(
     dataset: Any,
     config: MatrixCompletionConfig | SmoothingConfig,
-    image_size: int | None,
+    image_size: int | Size | None,
     device: torch.device | str,
     seed: int,
 ) -> tuple[PreTransformDataset, dict[str, float]]:

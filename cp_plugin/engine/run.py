@@ -18,12 +18,20 @@ from torch.utils.data import DataLoader
 
 from cp_plugin.attack.noise import sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
+from cp_plugin.callbacks import (
+    CanonicalImages,
+    CraftPoison,
+    Defence,
+    InjectPoison,
+    KNNMonitor,
+    MirrorViews,
+)
 from cp_plugin.callbacks.progress import RunProgress
 from cp_plugin.callbacks.supervised import crafter
 from cp_plugin.config.selection import CRAFTED, GROUPS, Selection
 from cp_plugin.config.settings import InjectConfig, UserError
 from cp_plugin.data import load
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.compatibility import check_method, name_classes
 from cp_plugin.engine.settings import for_surrogate
@@ -64,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
     fit_whitening(module, train, view_mirror)
     loader = _loader(train, settings)
-    callbacks = _callbacks(selection, settings, folder, train, test, view_mirror.crop_size)
+    callbacks = _callbacks(selection, settings, folder, train, test, view_mirror.resized_side)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(settings, folder / CONFIG_FILE, resolve=True)
     started = time.perf_counter()
@@ -191,7 +199,7 @@ def _callbacks(
     folder: Path,
     train: Any,
     test: Any,
-    image_size: int | None,
+    resized_side: int | None,
 ) -> list[Callback]:
     augment = cfg.get("augment", "host")
     if augment not in AUGMENT:
@@ -204,10 +212,13 @@ def _callbacks(
         if isinstance(poison, InjectConfig):
             callbacks.append(InjectPoison(poison.path, poison.fraction, folder))
         elif poison is not None:
-            noise = sample_noise(train, image_size, poison, cfg.seed)
+            size = canonical_size(train, resized_side, poison.image_size)
+            noise = sample_noise(train, size, poison, cfg.seed)
             if not (folder / POISON_FILE).exists():
                 noise.save(folder / POISON_FILE)
             callbacks.append(InjectPoison(noise))
+        else:
+            callbacks.append(CanonicalImages(selection.image_size))
         if selection.defence is not None:
             callbacks.append(Defence(selection.defence_name, **vars(selection.defence)))
         if augment == "mirror":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import RawDataset, class_names, clean_dataset, labels
+from cp_plugin.data import Canonical, RawDataset, class_names, clean_dataset, labels
+from cp_plugin.data.image import Size
 from cp_plugin.evaluation.metrics import features
 
 IN_MEMORY_BYTES = 1 << 30
@@ -21,24 +22,32 @@ IN_MEMORY_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Bank:
-    """N images in canonical form, with labels."""
+    """N images as an encoder is shown them, with labels."""
 
     images: Tensor | Dataset[Tensor]
     """uint8 (N, C, H, W), or a data set of uint8 (C, H, W)."""
     labels: Tensor
     """int64 (N); negative: unlabelled."""
-    keys: Tensor | None
-    """int64 (N), hashes of the clean images; None where images are read each time."""
     classes: tuple[str, ...] | None
     """Names of the classes."""
+    raw: RawDataset
+    """The images in canonical form, the one that delta is added to."""
+    keys: Tensor | None = None
+    """int64 (N), hashes of the canonical images; None where these are not what is shown, or images
+    are read each time."""
 
     @classmethod
-    def clean(cls, dataset: Any, image_size: int | None) -> Bank:
+    def clean(
+        cls, dataset: Any, view_size: int | Size | None, canonical_size: Size | None = None
+    ) -> Bank:
         """Read the images of a data set before its transform, and before any poison or defence.
 
         Args:
             dataset: a map-style data set of labelled images, changed by this package or not.
-            image_size: side in pixels; None keeps the images' own.
+            view_size: height and width that the encoder is shown, or the side of a square; None
+                keeps the canonical size.
+            canonical_size: that of a poison or of the run, see `cp_plugin.data.canonical`; None:
+                `view_size`.
 
         Raises:
             UserError: the data set has no labels.
@@ -50,22 +59,31 @@ class Bank:
                 "kNN and linear probe need labelled images and this data set has no labels; "
                 "leave the monitor out or give labelled data."
             )
-        raw = RawDataset(dataset, image_size)
-        first = raw[0].image
+        show = Canonical(view_size)
+        raw = RawDataset(dataset, canonical_size or view_size)
         names = class_names(dataset)
-        if len(raw) * first.numel() > IN_MEMORY_BYTES:
-            return cls(_Images(raw), known, None, names)
+        shown = _Shown(raw, show)
+        if len(raw) * shown[0].numel() > IN_MEMORY_BYTES:
+            return cls(shown, known, names, raw)
         items = [raw[row] for row in range(len(raw))]
-        keys = torch.tensor([item.key for item in items])
-        return cls(torch.stack([item.image for item in items]), known, keys, names)
+        images = torch.stack([show(item.image) for item in items])
+        if images.shape[1:] != items[0].image.shape:
+            return cls(images, known, names, raw)
+        return cls(images, known, names, raw, torch.tensor([item.key for item in items]))
 
     def poisoned(self, poison: Poison) -> Bank:
         """Return the bank as a victim of the poison has it; images without a row stay clean."""
-        if isinstance(self.images, Tensor) and self.keys is not None:
+        images = self.images
+        size = tuple(images[0].shape[1:])
+        if isinstance(images, Tensor) and self.keys is not None and size == poison.size:
             rows = poison.rows(self.keys.tolist(), self._class_of(self.labels))
-            parts = zip(torch.split(self.images, 1024), torch.split(rows, 1024), strict=True)
+            parts = zip(torch.split(images, 1024), torch.split(rows, 1024), strict=True)
             return replace(self, images=torch.cat([poison.apply(*part) for part in parts]))
-        return replace(self, images=_PoisonedImages(self, poison))
+        raw = RawDataset(self.raw.dataset, poison.size)
+        shown = _Shown(raw, Canonical((size[0], size[1])), poison, self._class_of(self.labels))
+        if isinstance(images, Tensor):
+            return replace(self, images=torch.stack([shown[row] for row in range(len(shown))]))
+        return replace(self, images=shown)
 
     def features(
         self,
@@ -81,31 +99,24 @@ class Bank:
         return [names[label] if label >= 0 else None for label in known.tolist()]
 
 
-class _Images(Dataset[Tensor]):
-    """The images of an raw data set, alone."""
+class _Shown(Dataset[Tensor]):
+    """Canonical images as an encoder is shown them, poisoned where there is a poison."""
 
-    def __init__(self, raw: RawDataset) -> None:
-        self.raw = raw
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.raw[row].image
-
-
-class _PoisonedImages(Dataset[Tensor]):
-    """The images of a bank, poisoned as they are read."""
-
-    def __init__(self, bank: Bank, poison: Poison) -> None:
-        self._bank, self._poison = bank, poison
+    def __init__(
+        self,
+        raw: RawDataset,
+        show: Canonical,
+        poison: Poison | None = None,
+        classes: Sequence[str | None] = (),
+    ) -> None:
+        self._raw, self._show, self._poison, self._classes = raw, show, poison, classes
 
     def __len__(self) -> int:
-        return len(self._bank.labels)
+        return len(self._raw)
 
     def __getitem__(self, row: int) -> Tensor:
-        images = self._bank.images
-        assert isinstance(images, _Images)
-        item = images.raw[row]
-        rows = self._poison.rows([item.key], self._bank._class_of(self._bank.labels[row : row + 1]))
-        return self._poison.apply(item.image[None], rows)[0]
+        item = self._raw[row]
+        if self._poison is None:
+            return self._show(item.image)
+        rows = self._poison.rows([item.key], [self._classes[row]])
+        return self._show(self._poison.apply(item.image[None], rows)[0])

@@ -18,7 +18,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor, MirrorViews
+from cp_plugin.callbacks import (
+    CanonicalImages,
+    CraftPoison,
+    Defence,
+    InjectPoison,
+    KNNMonitor,
+    MirrorViews,
+)
 from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.inject import NoisePoison
 from cp_plugin.callbacks.monitor import Journal
@@ -248,6 +255,8 @@ def build_callbacks(cfg: DictConfig, selection: Selection, folder: Path | None) 
         made.append(InjectPoison(poison.path, poison.fraction, folder))
     elif isinstance(poison, (RandomConfig, SyntheticConfig)):
         made.append(NoisePoison(poison, folder))
+    else:
+        made.append(CanonicalImages(selection.image_size))
     if selection.defence is not None:
         made.append(Defence(selection.defence_name, **vars(selection.defence)))
     if cfg.get("augment") == "mirror" and not selection.crafts:

@@ -41,8 +41,23 @@ class Mirror(nn.Module):
     @property
     def crop_size(self) -> int | None:
         """Side in pixels of the largest view, None where the pipeline keeps the image's size."""
+        return None if self.view_size is None else max(self.view_size)
+
+    @property
+    def view_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the largest view, None as for `crop_size`."""
         sizes = [size for view in self.pipelines if (size := _final_size(view)) is not None]
-        return max(sizes, default=None)
+        return max(sizes, key=lambda size: (max(size), min(size)), default=None)
+
+    @property
+    def resized_side(self) -> int | None:
+        """Side in pixels of the largest image that a resizing step of any view makes.
+
+        None where a view crops at the images' own scale, or keeps their size: such a pipeline
+        shows something else of an image that was resized beforehand.
+        """
+        sides = [_resized_side(view) for view in self.pipelines]
+        return None if None in sides else max(side for side in sides if side is not None)
 
     def forward(
         self, images: Tensor, generator: torch.Generator | None = None, check: bool = False
@@ -207,11 +222,22 @@ def mirror(pipeline: object) -> Mirror:
     return Mirror([translated[id(host)] for host in hosts])
 
 
-def _final_size(view: Operation) -> int | None:
-    size: int | None = None
-    for step in view.walk():
-        if isinstance(step, (RandomResizedCrop, RandomCrop, CenterCrop)):
-            size = max(step.size)
-        elif isinstance(step, Resize) and step.size is not None:
-            size = step.size if isinstance(step.size, int) else max(step.size)
-    return size
+def _final_size(view: Operation) -> tuple[int, int] | None:
+    sizes = [size for step in view.walk() if (size := _size_of(step)) is not None]
+    return sizes[-1] if sizes else None
+
+
+def _resized_side(view: Operation) -> int | None:
+    """Return the side of the largest image in a view from its first resizing step on."""
+    steps = [(step, size) for step in view.walk() if (size := _size_of(step)) is not None]
+    if not steps or isinstance(steps[0][0], (RandomCrop, CenterCrop)):
+        return None
+    return max(max(size) for _, size in steps)
+
+
+def _size_of(step: Operation) -> tuple[int, int] | None:
+    if isinstance(step, (RandomResizedCrop, RandomCrop, CenterCrop)):
+        return step.size
+    if isinstance(step, Resize) and step.size is not None:
+        return (step.size, step.size) if isinstance(step.size, int) else step.size
+    return None

@@ -21,7 +21,7 @@ pytestmark = [
 
 def rows_found(poison: Poison, folder: Path) -> torch.Tensor:
     dataset, _ = load("custom", folder)
-    raw = RawDataset(dataset, poison.image_size)
+    raw = RawDataset(dataset, poison.size)
     return poison.rows([raw[row].key for row in range(len(raw))])
 
 

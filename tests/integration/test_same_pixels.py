@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightly.data import LightlyDataset
 from lightly.transforms.simclr_transform import SimCLRTransform
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -167,3 +168,47 @@ def test_victims_of_all_hosts_see_the_same_pixels(
     assert (expected != clean).float().mean() > 0.8
     for host, found in pixels.items():
         assert torch.equal(found, expected), host
+
+
+@pytest.mark.parametrize("host", ["engine", "engine's mirror", "solo-learn"])
+def test_clean_runs_and_noise_see_the_pixels_of_victims(
+    host: str,
+    image_folder: Callable[..., Path],
+    stock: Stock,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., Ran],
+) -> None:
+    """Photographs of several sizes: whatever is selected, they differ by delta alone."""
+    images = image_folder("several", classes=3, per_class=COUNT // 3, size=(80, 100))
+    for odd in sorted(images.rglob("*_000.png")):
+        Image.open(odd).resize((90, 44)).save(odd)
+    raw = RawDataset(load("custom", images)[0], SIZE)
+    clean = torch.stack([raw[row].image for row in range(COUNT)])
+    source = custom(images, images)
+
+    def train(name: str, *settings: str) -> tuple[Tensor, str]:
+        selected = (f"+poison={name}", *settings, f"checkpoint.dir={name}")
+        noting = seen_by_mirror if "mirror" in host else seen_by_transform
+        with noting(monkeypatch) as seen:
+            if host == "solo-learn":
+                yaml = ("cifar/simclr", *source, "augmentations.0.crop_size=32")
+                ran = stock.pretrain(*yaml, *selected)
+            else:
+                augment = "augment=mirror" if "mirror" in host else "augment=host"
+                common = (*source, "data.num_workers=0", *ENGINE, augment)
+                ran = call("pretrain", "--config-name", "simclr", *common, *selected)
+        assert ran.code == 0, ran.err
+        return by_image(seen, clean), " ".join(ran.err.split())
+
+    found, said = train("none")
+    assert torch.equal(found, clean)
+    assert "every image is resized and centre-cropped to 32 x 32 pixels" in said
+    noisy, said = train("random")
+    assert "every image is resized and centre-cropped to 32 x 32 pixels" in said
+    (poison_file,) = Path("random").rglob("poison.safetensors")
+    poison = Poison.load(poison_file)
+    keys = [raw[row].key for row in range(COUNT)]
+    assert torch.equal(noisy, poison.apply(clean, poison.rows(keys)))
+    victim, said = train("inject", f"poison.path={poison_file}")
+    assert "every image is resized and centre-cropped to 32 x 32 pixels" in said
+    assert torch.equal(victim, noisy)
