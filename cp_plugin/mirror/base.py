@@ -30,11 +30,12 @@ class ImageFormat(Enum):
     PILLOW = "a Pillow image"
     BYTES = "a uint8 tensor"
     FLOAT = "a float tensor"
+    SPECTRUM = "a spectrum"
 
     @property
     def rounds(self) -> bool:
         """Whether every operation ends in whole 8-bit levels within [0, 1]."""
-        return self is not ImageFormat.FLOAT
+        return self in (ImageFormat.PILLOW, ImageFormat.BYTES)
 
 
 class Shape(NamedTuple):

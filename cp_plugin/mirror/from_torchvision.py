@@ -12,6 +12,7 @@ from cp_plugin.mirror.base import ImageFormat, Operation
 from cp_plugin.mirror.blur import TensorBlur
 from cp_plugin.mirror.colour import Normalize, RandomGrayscale
 from cp_plugin.mirror.containers import Identity, RandomApply
+from cp_plugin.mirror.fourier import Truncate
 from cp_plugin.mirror.geometry import CenterCrop, Flip, RandomResizedCrop, Resize
 from cp_plugin.mirror.intensity import Solarize
 from cp_plugin.mirror.jitter import ColorJitter
@@ -196,6 +197,16 @@ def becomes(format: ImageFormat) -> Rule:
         return Identity(type(host).__name__)
 
     return change
+
+
+@rule(
+    "torchvision.transforms.transforms.ToPILImage",
+    "torchvision.transforms.v2._type_conversion.ToPILImage",
+)
+def to_pil_image(host: Any, translator: Translator) -> Operation:
+    """Translate a ToPILImage."""
+    before, translator.format = translator.format, ImageFormat.PILLOW
+    return Identity("ToPILImage") if before.rounds else Truncate("ToPILImage")
 
 
 both("ToTensor")(becomes(ImageFormat.FLOAT))

@@ -99,6 +99,26 @@ def draw_boxes(
     }
 
 
+def crop_grid(params: Params, side: int) -> Tensor:
+    """Return where the points of a grid over each crop were in the image.
+
+    Args:
+        params: what `RandomResizedCrop.sample` drew.
+        side: points a side.
+
+    Returns:
+        (B, side, side, 2): x and y in pixels, as Lightly's `RandomResizedCropAndFlip` counts them.
+    """
+    step = torch.linspace(0, 1, side, device=params["left"].device)
+    axes = []
+    for start, length, flip in (("left", "width", "flip_x"), ("top", "height", "flip_y")):
+        first, long = params[start][:, None].float(), params[length][:, None].float()
+        points = first + long * step + long / side / 2
+        axes.append(torch.where(params[flip][:, None], points.flip(1), points))
+    x, y = axes
+    return torch.stack((x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)), 3)
+
+
 def central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Return the height and width of the largest box within the ratios."""
     if width / height < min(ratio):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import collections.abc
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.pipelines import view_pipelines
+from cp_plugin.data.pipelines import grid_sides, view_pipelines
 from cp_plugin.mirror.base import Operation, Params, Shape, moved
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Sequence
-from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize
+from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize, crop_grid
 from cp_plugin.mirror.registry import Translator
 
 TOLERANCE = 1e-4
@@ -28,9 +29,18 @@ class Mirror(nn.Module):
     the images. Parameters are drawn on the CPU, so that nothing waits for a GPU.
     """
 
-    def __init__(self, pipelines: list[Operation]) -> None:
+    def __init__(
+        self, pipelines: list[Operation], grids: collections.abc.Sequence[int] = ()
+    ) -> None:
+        """Put the pipelines of views together.
+
+        Args:
+            pipelines: one a view.
+            grids: points a side of the grid that the host returns for each view; none: no grids.
+        """
         super().__init__()
         self.pipelines = pipelines
+        self.grids = tuple(grids)
         self._seen_devices: set[torch.device] = set()
 
     @property
@@ -70,7 +80,9 @@ class Mirror(nn.Module):
             check: look at the pixels on a GPU at every call, not only the first (it waits).
 
         Returns:
-            One (B, C, h, w) a view, normalised as the host does it.
+            One (B, C, h, w) a view, normalised as the host does it; a puzzle is (B, pieces, C, h,
+            w). Where the host returns grids, then one (B, n, n, 2) a view: the points, x and y in
+            pixels of the image, that an n x n grid over the view came from.
 
         Raises:
             UserError: as `sample` and `apply`.
@@ -140,7 +152,14 @@ class Mirror(nn.Module):
                 for view, drawn in zip(self.pipelines, params, strict=True)
             ]
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return [view.to(images.dtype, memory_format=layout) for view in views]
+        grids = [
+            crop_grid(drawn["steps"][0], side).to(images.dtype)
+            for drawn, side in zip(params, self.grids, strict=False)
+        ]
+        return [
+            view.to(images.dtype, memory_format=layout) if view.ndim == 4 else view.to(images.dtype)
+            for view in views
+        ] + grids
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one."""
@@ -218,8 +237,8 @@ def mirror(pipeline: object) -> Mirror:
     translated: dict[int, Operation] = {}
     for host in hosts:
         if id(host) not in translated:
-            translated[id(host)] = Translator().sequence([host])
-    return Mirror([translated[id(host)] for host in hosts])
+            translated[id(host)] = Translator().view(host)
+    return Mirror([translated[id(host)] for host in hosts], grid_sides(pipeline))
 
 
 def _final_size(view: Operation) -> tuple[int, int] | None:

@@ -33,13 +33,33 @@ class Translator:
         Raises:
             UserError: nothing is known about its class.
         """
-        rule = RULES.get(dotted_name(type(host)))
+        name = dotted_name(type(host))
+        if self.format is ImageFormat.SPECTRUM and name in RULES and name not in ON_SPECTRA:
+            raise UserError(
+                f"{name} expected an image, got {self.format.value}: put IRFFT2DTransform before "
+                "it."
+            )
+        rule = RULES.get(name)
         if rule is not None:
             return rule(host, self)
         op = OPS.get(type(host))
         if op is not None:
             return checked_op(op(host), type(host))
         raise UserError(unknown(host))
+
+    def view(self, host: object) -> Sequence:
+        """Translate the pipeline of one view.
+
+        Raises:
+            UserError: nothing is known about one of its classes, or what it makes is no image.
+        """
+        found = self.sequence([host])
+        if self.format is ImageFormat.SPECTRUM:
+            raise UserError(
+                "the mirror expected a pipeline that ends in an image, got one that ends in "
+                f"{self.format.value}: add IRFFT2DTransform."
+            )
+        return found
 
     def sequence(self, hosts: Iterable[object], name: str | None = None) -> Sequence:
         """Translate transforms that follow one another."""
@@ -53,6 +73,8 @@ class Translator:
 Rule = Callable[[Any, Translator], Operation]
 RULES: dict[str, Rule] = {}
 """Built-in ops by the full name of the host's class."""
+ON_SPECTRA: set[str] = set()
+"""Those of them that take the spectrum of an image."""
 OPS: dict[type, OpFactory] = {}
 """Twins that `register_op` was given."""
 
