@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, training_images
+from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
@@ -193,7 +194,7 @@ def _sets(
     clean, query = Bank.clean(train, *sizes), Bank.clean(tests, *sizes)
     banks = {"clean": clean}
     if poison is not None:
-        poison.check_classes(clean.classes)
+        part(train, poison, 1.0)
         banks["poisoned"] = clean.poisoned(poison)
     return _Sets(banks, query, view_mirror.normalize)
 

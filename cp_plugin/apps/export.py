@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchvision.transforms.functional import to_pil_image
 
 from cp_plugin.apps.solo_runs import configuration, is_solo_run, training_images
-from cp_plugin.attack.inject import AddPoison
+from cp_plugin.attack.inject import AddPoison, part
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, check_eps
@@ -45,6 +45,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder.")
     dataset = _dataset(poison_file, data)
+    part(dataset, poison, 1.0)
     raw = RawDataset(dataset, poison.size)
     known, names = labels(dataset), class_names(dataset)
     add = AddPoison(poison, names)

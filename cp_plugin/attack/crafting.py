@@ -74,6 +74,7 @@ class Crafting:
         self.labels = labels(raw.dataset)
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         self._chosen: Tensor | None = None
+        self._images: int | None = None
         perturbation, rows = self._rows(resumed)
         if perturbation.stored.nbytes <= DEVICE_BYTES:
             perturbation.move(host.device)
@@ -147,13 +148,17 @@ class Crafting:
             stored, keys = stored[seen], rows.keys[seen]
         classes = class_names(self.raw.dataset)
         by_class = self.config.granularity == "class"
+        chosen = self._chosen_keys() if by_class and self.config.fraction < 1 else None
+        info, carry = self._info(), chosen if by_class else keys
+        if self._images and carry is not None:
+            info |= {"fraction": repr(len(carry) / self._images), "images": str(self._images)}
         return Poison(
             Perturbation(stored, self.config.eps),
             self.config.granularity,
             keys,
             classes if by_class else None,
-            self._info(),
-            self._chosen_keys() if by_class and self.config.fraction < 1 else None,
+            info,
+            chosen,
         )
 
     def _chosen_keys(self) -> Tensor:
@@ -173,6 +178,10 @@ class Crafting:
             of_all = torch.tensor([self.raw[image].key for image in range(len(self.raw))])
             keys = keys_of_part(of_all, self.labels, config.fraction)
             chosen = torch.isin(of_all, keys)
+            countable = of_all
+            if config.granularity == "class" and self.labels is not None:
+                countable = of_all[self.labels >= 0]  # the others carry no class poison by design
+            self._images = len(torch.unique(countable))
         if config.granularity == "class":
             if self.labels is None or names is None or not bool((self.labels >= 0).any()):
                 raise UserError(

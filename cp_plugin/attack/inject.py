@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ from cp_plugin.data.image import Size
 
 CHECKED = 1000
 """Images looked up before training, all over the data set; the rest are when they are loaded."""
+EXPECTED = 100
+"""Of a poison for a part of the images, so many are looked up that this many should carry it."""
+IMPROBABLE = 1e-3
+"""A share of poisoned images that chance would bring more rarely is that of other images."""
 
 
 class AddPoison:
@@ -98,7 +103,7 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
     """
     check_unpoisoned(dataset)
     poison.check_classes(class_names(dataset))
-    if poison.granularity == "sample":
+    if poison.owned_keys is not None:
         _check_images(dataset, poison)
     if fraction == 1:
         return poison
@@ -121,12 +126,27 @@ def check_unpoisoned(dataset: Any) -> None:
 
 
 def _check_images(dataset: Any, poison: Poison) -> None:
+    """Look up images all over the data set: as many must carry the poison as its file says."""
+    assert poison.owned_keys is not None
+    known = labels(dataset)
+    rows = torch.arange(len(dataset))
+    if poison.granularity == "class" and known is not None:
+        rows = rows[known >= 0]  # the others carry none by design
+    count = min(len(rows), max(CHECKED, math.ceil(EXPECTED / poison.fraction)))
+    looked_up = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+    keys = torch.tensor(_keys(dataset, poison.size, looked_up.tolist()))
+    carry = torch.isin(keys, poison.owned_keys)
     if poison.fraction < 1:
+        images, found = len(torch.unique(keys)), len(torch.unique(keys[carry]))
+        if count == len(rows) and images == poison.images:
+            fits = found == len(poison.owned_keys)
+        else:
+            kinds = torch.zeros(len(rows)) if known is None else known[rows]
+            fits = found > 0 and _is_probable(poison, images, found, kinds)
+        if not fits:
+            raise UserError(_of_others(poison, images, found))
         return
-    count = min(len(dataset), CHECKED)
-    looked_up = torch.linspace(0, len(dataset) - 1, count).round().long()
-    rows = poison.rows(keys=_keys(dataset, poison.size, looked_up.tolist()))
-    missing = looked_up[rows < 0].tolist()
+    missing = looked_up[~carry].tolist()
     if missing:
         names = ", ".join(
             wrappers.file_of(dataset, image) or f"row {image}" for image in missing[:3]
@@ -135,6 +155,43 @@ def _check_images(dataset: Any, poison: Poison) -> None:
             f"the poison has no row for {len(missing)} of {count} images looked up "
             f"({names}{', …' if len(missing) > 3 else ''}); use the data set it was made for."
         )
+
+
+def _of_others(poison: Poison, images: int, found: int) -> str:
+    return (
+        f"the poison is for {100 * poison.fraction:.3g} % of the images that it was made for, and "
+        f"of {images} different images looked up here it has {found} "
+        f"({100 * found / images:.3g} %), so these are other images or were changed since, as by "
+        "another decoder or resize; use the data set that it was made for."
+    )
+
+
+def _is_probable(poison: Poison, images: int, found: int, labels_N: Tensor) -> bool:
+    """Tell whether a share of poisoned images may be that of a part of the poison's own."""
+    shares = [poison.fraction]
+    if poison.images is None:
+        # An older file tells its fraction before it was rounded to whole images of each class.
+        sizes = torch.unique(labels_N, return_counts=True)[1].tolist()
+        whole = sum(max(1, round(poison.fraction * size)) for size in sizes)
+        shares.append(whole / len(labels_N))
+    few = _at_most(found, images, min(shares))
+    many = _at_most(images - found, images, 1 - max(shares))
+    return min(few, many) >= IMPROBABLE
+
+
+def _at_most(found: int, count: int, p: float) -> float:
+    """Return the probability that at most `found` of `count` are hit, each with probability p."""
+    if p <= 0 or found >= count:
+        return 1.0
+    logs = [
+        math.lgamma(count + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(count - k + 1)
+        + k * math.log(p)
+        + (count - k) * math.log1p(-p)
+        for k in range(found + 1)
+    ]
+    return math.fsum(map(math.exp, logs))
 
 
 def _keys(dataset: Any, image_size: Size, rows: Sequence[int]) -> list[int]:

@@ -70,10 +70,10 @@ class Images:
         info: Mapping[str, str],
     ) -> Poison:
         """Return rows as a poison of these images, or of a part of them."""
-        facts = {"host": "none", **info, "versions": json.dumps(versions())}
         different = len(torch.unique(self.keys))
+        facts = {"host": "none", **info, "versions": json.dumps(versions())}
         if keys is not None and len(keys) < different:  # unlabelled images have no row
-            facts["fraction"] = repr(len(keys) / different)
+            facts |= {"fraction": repr(len(keys) / different), "images": str(different)}
         classes = self.classes if granularity == "class" else None
         whole = Poison(perturbation, granularity, keys, classes, facts)
         return whole if fraction == 1 else whole.part(fraction, self.keys, self.labels)

@@ -165,6 +165,17 @@ class Poison:
         """Part of the images that it was made for or cut down to."""
         return float(self.info.get("fraction", 1))
 
+    @property
+    def images(self) -> int | None:
+        """Different images that `fraction` is a part of; None in older files."""
+        count = self.info.get("images")
+        return None if count is None else int(count)
+
+    @property
+    def owned_keys(self) -> Tensor | None:
+        """Keys of the images that carry it, int64; None for a poison that whole classes carry."""
+        return self.keys if self.granularity == "sample" else self.chosen
+
     def part(self, fraction: float, keys_N: Tensor, labels_N: Tensor | None) -> Poison:
         """Return the poison for a part of its images, see `keys_of_part`.
 
@@ -179,7 +190,10 @@ class Poison:
         names = [self.classes[y] if self.classes and y >= 0 else None for y in labels.tolist()]
         carry = self.rows(keys_N.tolist(), names) >= 0
         chosen = keys_of_part(keys_N[carry], labels[carry], fraction)
-        info = {**self.info, "fraction": repr(fraction * self.fraction)}
+        # Unlabelled images carry no class poison by design, so they are not counted.
+        known = labels >= 0 if self.granularity == "class" else torch.ones_like(carry)
+        count = len(torch.unique(keys_N[known]))
+        info = {**self.info, "fraction": repr(len(chosen) / count), "images": str(count)}
         if self.granularity == "class":
             return replace(self, info=info, chosen=chosen)
         own = Perturbation(self.perturbation.stored[self.rows(chosen.tolist())], self.eps)
