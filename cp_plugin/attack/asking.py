@@ -10,7 +10,7 @@ from torch import Tensor
 from cp_plugin.attack.crafting import Crafting
 from cp_plugin.attack.loop import Attack, poisoned
 from cp_plugin.data.batch import Batch
-from cp_plugin.hosts.gradients import check_momentum_gradients, preserve_state
+from cp_plugin.hosts.gradients import check_momentum_gradients
 from cp_plugin.hosts.observe import LossRequest, LossRequests
 
 
@@ -19,10 +19,9 @@ class RequestingAttack(Attack):
 
     def requests(self, batches: Iterator[Batch], step: int, losses: list[Tensor]) -> LossRequests:
         """Optimise delta on each batch, as `noise_phase` does; fills in the losses."""
-        with preserve_state(self.host.module) as guard:
-            self.host.module.eval()
+        with self._weights_fixed() as restore:
             for number, batch in enumerate(batches):
-                yield from self._asking_batch(batch, (step, number), guard.restore, losses)
+                yield from self._asking_batch(batch, (step, number), restore, losses)
 
     def _asking_batch(
         self,

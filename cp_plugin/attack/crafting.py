@@ -261,6 +261,7 @@ class Crafting:
             "pgd_steps": self.schedule.pgd_steps,
             "step_size": self.config.step_size,
             "dual_branch": self.config.uses_dual_branch,
+            "momentum_during_noise": "running" if self.config.runs_momentum else "frozen",
             "surrogate_steps_done": self.schedule.steps_done,
         }
         return {

@@ -9,6 +9,7 @@ poisoned, mirrored views; the noise phase, written here, keeps the weights and m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 from cp_plugin.hosts.protocol import Host
+from cp_plugin.hosts.running import RunningMomentum
 from cp_plugin.mirror import Mirror
 from cp_plugin.util.seed import derived_seed
 
@@ -165,16 +167,16 @@ class Attack:
     def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
         """Optimise delta on each batch, weights fixed; yields the mean loss of each.
 
-        The host is in eval mode meanwhile and is left bit for bit as it was found.
+        The host is in eval mode meanwhile and is left bit for bit as it was found, but for queue
+        and momentum branch where `momentum_during_noise` lets them run.
 
         Args:
             batches: N batches on the host's device.
             step: optimiser steps of the surrogate so far; fixes the augmentations that are drawn.
         """
-        with preserve_state(self.host.module) as guard:
-            self.host.module.eval()
+        with self._weights_fixed() as restore:
             for number, batch in enumerate(batches):
-                yield self._noise_batch(batch, (step, number), guard.restore)
+                yield self._noise_batch(batch, (step, number), restore)
 
     def check_moved(self, where: str) -> None:
         """Check, after the backward pass of a joint step, that it has moved delta.
@@ -191,6 +193,18 @@ class Attack:
                 "detaches them, or computes its loss without a graph; use "
                 "poison.schedule=alternate, which says more."
             )
+
+    @contextmanager
+    def _weights_fixed(self) -> Iterator[Callable[[], None]]:
+        """Keep the host as it is during a noise phase; gives what undoes the traces of a step."""
+        running = RunningMomentum(self.host) if self.config.runs_momentum else None
+        with preserve_state(self.host.module) as guard:
+            self.host.module.eval()
+            yield guard.restore if running is None else running.kept(guard.restore)
+            if running is not None:
+                running.take()
+        if running is not None:
+            running.put()
 
     def _noise_batch(
         self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]

@@ -20,6 +20,7 @@ EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
 Order = Literal["alternate", "joint"]
 Index = Literal["flat", "ivf"]
+DuringNoise = Literal["frozen", "running"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -94,6 +95,11 @@ class AlternationConfig:
         """Whether gradients reach delta through a momentum branch."""
         return False
 
+    @property
+    def runs_momentum(self) -> bool:
+        """Whether queue and momentum branch go on during a noise phase."""
+        return False
+
 
 @dataclass(frozen=True)
 class CraftConfig(AlternationConfig):
@@ -109,6 +115,10 @@ class CraftConfig(AlternationConfig):
     """Let gradients reach delta through the momentum branch too; no effect without one."""
     momentum_modules: str | tuple[str, ...] = "auto"
     """Names of the momentum branch's modules, or `auto`."""
+    momentum_during_noise: DuringNoise = "frozen"
+    """`frozen`: a noise phase leaves queue and momentum branch as they are, so that they hold what
+    model steps made of training-mode images, and the surrogate does not depend on N and T;
+    `running`: each noise step pushes its keys and makes an EMA step, as in the released code."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -118,6 +128,7 @@ class CraftConfig(AlternationConfig):
         """
         super().__post_init__()
         one_of("schedule", self.schedule, get_args(Order))
+        one_of("momentum_during_noise", self.momentum_during_noise, get_args(DuringNoise))
 
     @property
     def joint(self) -> bool:
@@ -128,6 +139,11 @@ class CraftConfig(AlternationConfig):
     def uses_dual_branch(self) -> bool:
         """Whether gradients reach delta through a momentum branch."""
         return self.dual_branch
+
+    @property
+    def runs_momentum(self) -> bool:
+        """Whether queue and momentum branch go on during a noise phase."""
+        return self.momentum_during_noise == "running"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,11 @@ class MomentumMethod(Method):
         if self.trainer.global_step == self._updates:
             return
         self._updates = self.trainer.global_step
-        tau = self.tau(self._updates)
+        self.log("tau", self.move_momentum())
+
+    def move_momentum(self) -> float:
+        """Move the momentum branch with the tau of the last optimiser step, and return that."""
+        tau = self.tau(max(1, self._updates))
         update_momentum(self.backbone, self.backbone_momentum, m=tau)
         update_momentum(self.projection_head, self.projection_head_momentum, m=tau)
-        self.log("tau", tau)
+        return tau

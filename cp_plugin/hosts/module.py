@@ -81,6 +81,18 @@ class ModuleHost:
         """Return the momentum branch as it is now; a step may have replaced its modules."""
         return self.branch.modules()
 
+    def move_momentum(self) -> bool:
+        """Move the momentum branch as after an optimiser step; return whether that is possible.
+
+        The module's own `move_momentum()` does it. A module without one may move its branch in
+        `training_step`.
+        """
+        move = getattr(self.module, "move_momentum", None)
+        if not callable(move):
+            return False
+        move()
+        return True
+
     def encoder(self) -> nn.Module:
         """Return the module whose output is the representation.
 

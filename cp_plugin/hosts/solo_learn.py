@@ -112,6 +112,13 @@ class SoloHost(LightningHost):
         """Return the modules of the momentum branch."""
         return list(self._momentum.values())
 
+    def move_momentum(self) -> bool:
+        """Move the momentum branch with the method's own updater; tau stays where it is."""
+        pairs = getattr(self.module, "momentum_pairs", ())
+        for online, momentum in pairs:
+            self.module.momentum_updater.update(online, momentum)  # type: ignore[operator,union-attr]
+        return bool(pairs)
+
     def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the self-supervised loss of the method's own `training_step` on these views.
 
