@@ -48,7 +48,9 @@ def pretrain(context: typer.Context) -> None:
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or the folder of a run; see --readability.")
+    ],
     poison: Annotated[Path | None, typer.Option(help="Poison of the poisoned bank.")] = None,
     data: Annotated[Path | None, typer.Option(help="Another folder of images as bank.")] = None,
     test: Annotated[Path | None, typer.Option(help="Another folder of test images.")] = None,
@@ -57,9 +59,24 @@ def evaluate(
     finetune: Annotated[
         float | None, typer.Option(help="Fine-tune too, on this part of each class's labels.")
     ] = None,
+    readability: Annotated[
+        bool,
+        typer.Option(help="Take a poison file; how soon do fresh surrogates discover it?"),
+    ] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose surrogate reads; default: the poison's own.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each reading surrogate.")] = 300,
+    seeds: Annotated[int, typer.Option(help="How many surrogates read each kind of image.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Measure an encoder: kNN, linear probe, fine-tuning, on the clean and the poisoned bank."""
+    """Measure an encoder: kNN, linear probe, fine-tuning, on the clean and the poisoned bank.
+
+    With `--readability` a poison: how much lower a fresh surrogate's loss is than on clean images.
+    """
+    if readability:
+        _readability(checkpoint, run, steps, seeds, as_json)
+        return
     from cp_plugin.apps.evaluate_run import evaluate as measure
     from cp_plugin.attack.poison_file import Poison
 
@@ -69,7 +86,19 @@ def evaluate(
         print(json.dumps(rows, indent=1))
         return
     tuned = [f"{finetune:.0%} fine-tuned, last", "best"] if finetune else []
-    named = ("bank", "kNN", "k", "T", "distance", "linear, last", "linear, best", *tuned, "images")
+    own = ["own classifier"] if "classifier" in rows[0] else []
+    named = (
+        "bank",
+        "kNN",
+        "k",
+        "T",
+        "distance",
+        "linear, last",
+        "linear, best",
+        *tuned,
+        *own,
+        "images",
+    )
     table = Table(*named)
     for row in rows:
         near, linear = row["knn"], row["linear"]
@@ -82,7 +111,34 @@ def evaluate(
             f"{linear['last']:.1f} %",
             f"{linear['best']:.1f} %",
             *(f"{row['finetune'][which]:.1f} %" for which in ("last", "best") if finetune),
+            *(f"{row['classifier']:.1f} %" if "classifier" in row else "" for _ in own),
             str(near["bank_size"]),
+        )
+    Console().print(table)
+
+
+def _readability(poison: Path, run: Path | None, steps: int, seeds: int, as_json: bool) -> None:
+    from cp_plugin.apps.evaluate_run import read_by_surrogates
+    from cp_plugin.engine.readability import CLEAN
+
+    found = read_by_surrogates(poison, run, steps, seeds)
+    rows = [
+        {"images": kind, "losses": losses, "drop": found.mean(kind), "std": found.scatter(kind)}
+        for kind, losses in found.losses.items()
+    ]
+    if as_json:
+        print(json.dumps({"steps": found.steps, "seeds": found.seeds, "rows": rows}, indent=1))
+        return
+    table = Table("images", "loss", "lower than clean by", "std over seeds", "steps", "seeds")
+    for row, losses in zip(rows, found.losses.values(), strict=True):
+        clean = row["images"] == CLEAN
+        table.add_row(
+            str(row["images"]),
+            f"{sum(losses) / len(losses):.3f}",
+            "" if clean else f"{row['drop']:+.3f}",
+            "" if clean or row["std"] is None else f"{row['std']:.3f}",
+            str(found.steps),
+            str(len(found.seeds)),
         )
     Console().print(table)
 

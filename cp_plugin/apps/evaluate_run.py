@@ -14,10 +14,13 @@ from torch import Tensor
 from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, training_images
 from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.data.canonical import canonical_form
 from cp_plugin.engine import METHODS, build_pipeline
+from cp_plugin.engine.readability import Readability, readability
+from cp_plugin.engine.run import check
 from cp_plugin.engine.supervised import Supervised
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.finetune import check_fraction
@@ -164,6 +167,34 @@ def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
         near = knn(found, bank.labels, query, sets.query.labels)
         rows.append({"step": step, "knn_control": near.accuracy})
     return rows
+
+
+def read_by_surrogates(
+    poison: Path, run: Path | None = None, steps: int = 300, seeds: int = 3
+) -> Readability:
+    """Measure how soon fresh surrogates discover a poison, see `readability`.
+
+    Args:
+        poison: a poison file.
+        run: the folder of a run of the embedded engine, whose method, backbone, augmentations and
+            data set the surrogates have; None: that which the poison lies in.
+        steps: optimiser steps of each surrogate.
+        seeds: how many surrogates of each kind.
+
+    Raises:
+        UserError: there is no configuration, or poison and data set do not fit.
+    """
+    config = (run or poison.parent) / CONFIG_FILE
+    if not config.is_file():
+        raise UserError(
+            f"there is no configuration of a surrogate at {config}; name the folder of a run of "
+            "the embedded engine with --run DIR."
+        )
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig)
+    for group in GROUPS:
+        cfg.pop(group, None)
+    return readability(check(cfg)[1], Poison.load(poison), steps, range(seeds))
 
 
 class _Sets(NamedTuple):

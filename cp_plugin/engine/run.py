@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -33,6 +33,7 @@ from cp_plugin.config.settings import InjectConfig, UserError
 from cp_plugin.data import load
 from cp_plugin.data.canonical import canonical_size
 from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.engine.base import Method
 from cp_plugin.engine.compatibility import check_method, name_classes
 from cp_plugin.engine.settings import for_surrogate
 from cp_plugin.engine.whitening import fit_whitening
@@ -65,14 +66,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s is finished; nothing to do", folder)
         return {**finished, "folder": str(folder)}
     seed_everything(settings.seed, workers=True, verbose=False)
-    train, test = _data(settings)
-    name_classes(settings, train)
-    train.transform = build_pipeline(settings)
-    view_mirror = mirror(train.transform)
-    module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
-    fit_whitening(module, train, view_mirror)
-    loader = _loader(train, settings)
-    callbacks = _callbacks(selection, settings, folder, train, test, view_mirror.resized_side)
+    parts = prepare(settings)
+    callbacks = _callbacks(selection, settings, folder, parts)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(settings, folder / CONFIG_FILE, resolve=True)
     started = time.perf_counter()
@@ -90,14 +85,45 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=min(50, len(loader)),
+        log_every_n_steps=min(50, len(parts.loader)),
     )
-    trainer.fit(module, loader, ckpt_path=checkpoint or settings.resume_from_checkpoint)
+    trainer.fit(parts.module, parts.loader, ckpt_path=checkpoint or settings.resume_from_checkpoint)
     if settings.checkpoint.enabled:
         trainer.save_checkpoint(folder / f"{CHECKPOINT}.ckpt")
     result = _result(selection, settings, callbacks, trainer, time.perf_counter() - started)
     _write(folder / RESULT_FILE, result)
     return {**result, "folder": str(folder)}
+
+
+class Parts(NamedTuple):
+    """What a run trains and on what, before any callback."""
+
+    module: Method
+    loader: DataLoader[Any]
+    train: Any
+    """The training set, its transform the augmentations."""
+    test: Any
+    """The test set, None where there is none."""
+    resized_side: int | None
+    """What the augmentations first resize images to, in pixels; None: they do not."""
+
+
+def prepare(settings: DictConfig) -> Parts:
+    """Build module, data sets and loader; random numbers come from torch's global generator.
+
+    Args:
+        settings: from `check`; the classes' number is filled in.
+
+    Raises:
+        UserError: the data set, the augmentations or the backbone cannot be used.
+    """
+    train, test = _data(settings)
+    name_classes(settings, train)
+    train.transform = build_pipeline(settings)
+    view_mirror = mirror(train.transform)
+    module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
+    fit_whitening(module, train, view_mirror)
+    return Parts(module, _loader(train, settings), train, test, view_mirror.resized_side)
 
 
 def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
@@ -197,9 +223,7 @@ def _callbacks(
     selection: Selection,
     cfg: DictConfig,
     folder: Path,
-    train: Any,
-    test: Any,
-    resized_side: int | None,
+    parts: Parts,
 ) -> list[Callback]:
     augment = cfg.get("augment", "host")
     if augment not in AUGMENT:
@@ -212,8 +236,8 @@ def _callbacks(
         if isinstance(poison, InjectConfig):
             callbacks.append(InjectPoison(poison.path, poison.fraction, folder))
         elif poison is not None:
-            size = canonical_size(train, resized_side, poison.image_size)
-            noise = sample_noise(train, size, poison, cfg.seed)
+            size = canonical_size(parts.train, parts.resized_side, poison.image_size)
+            noise = sample_noise(parts.train, size, poison, cfg.seed)
             if not (folder / POISON_FILE).exists():
                 noise.save(folder / POISON_FILE)
             callbacks.append(InjectPoison(noise))
@@ -224,7 +248,7 @@ def _callbacks(
         if augment == "mirror":
             callbacks.append(MirrorViews())
     if selection.monitor is not None:
-        callbacks.append(KNNMonitor(train, _test_set(test), **vars(selection.monitor)))
+        callbacks.append(KNNMonitor(parts.train, _test_set(parts.test), **vars(selection.monitor)))
     if cfg.checkpoint.enabled:
         callbacks.append(
             ModelCheckpoint(

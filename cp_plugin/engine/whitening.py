@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_plugin.data import RawDataset
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.mirror import Mirror
 
 PATCHES = (2, 3)
@@ -109,7 +110,7 @@ def fit_whitening(module: nn.Module, dataset: Any, views: Mirror) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, Whitening)]
     if not layers:
         return
-    raw = RawDataset(dataset, views.crop_size)
+    raw = RawDataset(dataset, canonical_size(dataset, views.resized_side))
     rows = torch.linspace(0, len(raw) - 1, min(IMAGES, len(raw))).round().long()
     images = torch.stack([raw[int(row)].image for row in rows]).float() / 255
     made = views(images, generator=torch.Generator().manual_seed(0))

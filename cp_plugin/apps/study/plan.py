@@ -40,6 +40,8 @@ class Cell:
     """Cells that must be finished before: `poison` (the craft), `clean` (for the control)."""
     surrogate_backbone: str | None = None
     """That of the surrogate; None: the victim's own, or there is no surrogate."""
+    turn: int = 0
+    """Which entry of the grid needs it first; entries are run one after the other."""
     digest: str = ""
     """Changes with every setting of the cell and of the cells it needs."""
 
@@ -51,7 +53,7 @@ class Cell:
 def plan(study: StudySettings) -> dict[str, Cell]:
     """Return all cells by name, those that others need first."""
     cells: dict[str, Cell] = {}
-    for grid in study.grid:
+    for turn, grid in enumerate(study.grid):
         axes = (grid.seeds, grid.defences, grid.backbones, grid.victims, grid.poisons)
         for seed, defence, backbone, victim, poison in product(*axes):
             for surrogate in _surrogates(study, grid, poison):
@@ -62,19 +64,24 @@ def plan(study: StudySettings) -> dict[str, Cell]:
                 last = _victim(study, poison, surrogate, victim, backbone, defence, seed, needs)
                 if surrogate and grid.backbones[0] != backbone:
                     last = _transferred(last, grid.backbones[0])
-                cells |= {cell.name: cell for cell in (*made, clean, last)}
+                for cell in (*made, clean, last):
+                    cells.setdefault(cell.name, replace(cell, turn=turn))
     levels = _levels(cells)
-    ordered = sorted(cells.values(), key=lambda cell: levels[cell.name])
+    ordered = sorted(cells.values(), key=lambda cell: (cell.turn, levels[cell.name]))
     return _with_digests({cell.name: cell for cell in ordered})
 
 
 def by_level(cells: Mapping[str, Cell]) -> list[list[Cell]]:
-    """Return the cells in groups; a group needs only cells of the groups before it."""
+    """Return the cells in groups; a group needs only cells of the groups before it.
+
+    What the first entry of the grid needs comes before the rest, so that entries can stand in the
+    order of their value.
+    """
     levels = _levels(cells)
-    groups: list[list[Cell]] = [[] for _ in range(max(levels.values()) + 1)]
+    groups: dict[tuple[int, int], list[Cell]] = {}
     for cell in cells.values():
-        groups[levels[cell.name]].append(cell)
-    return groups
+        groups.setdefault((cell.turn, levels[cell.name]), []).append(cell)
+    return [groups[key] for key in sorted(groups)]
 
 
 def check(cells: Mapping[str, Cell]) -> None:
