@@ -222,7 +222,8 @@ def _sets(
         raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
     view_mirror = mirror(pipeline)
     sizes = (view_mirror.view_size, canonical_form(train, view_mirror.resized_side).size)
-    clean, query = Bank.clean(train, *sizes), Bank.clean(tests, *sizes)
+    clean = Bank.clean(train, *sizes)
+    query = Bank.clean(tests, *sizes).numbered_as(clean)
     banks = {"clean": clean}
     if poison is not None:
         part(train, poison, 1.0)

@@ -18,7 +18,7 @@ from cp_plugin.attack.inject import AddPoison, part
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, check_eps
-from cp_plugin.data import RawDataset, class_names, labels, load
+from cp_plugin.data import RawDataset, class_names, labels, load, names_or_numbers
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
 from cp_plugin.util.run_files import CONFIG_FILE
@@ -47,7 +47,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     dataset = _dataset(poison_file, data)
     part(dataset, poison, 1.0)
     raw = RawDataset(dataset, poison.size)
-    known, names = labels(dataset), class_names(dataset)
+    known, names = labels(dataset), names_or_numbers(dataset)
     add = AddPoison(poison, names)
     relative = list(_relative_names(raw, known, names))
     if len(set(relative)) < len(relative):

@@ -21,7 +21,7 @@ from cp_plugin.attack.loop import Attack, Rows, Schedule
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
-from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.subset import keys_of_part
 from cp_plugin.hosts.module import ModuleHost
@@ -146,7 +146,7 @@ class Crafting:
         if rows.keys is not None:
             seen = rows.keys != 0
             stored, keys = stored[seen], rows.keys[seen]
-        classes = class_names(self.raw.dataset)
+        classes = names_or_numbers(self.raw.dataset)
         by_class = self.config.granularity == "class"
         chosen = self._chosen_keys() if by_class and self.config.fraction < 1 else None
         info, carry = self._info(), chosen if by_class else keys
@@ -170,7 +170,7 @@ class Crafting:
 
     def _rows(self, resumed: Mapping[str, Any] | None) -> tuple[Perturbation, Rows]:
         config = self.config
-        names = class_names(self.raw.dataset)
+        names = names_or_numbers(self.raw.dataset)
         generator = torch.Generator().manual_seed(self.seed)
         _pass_over_shuffles(self.labels, len(self.raw), generator)
         chosen, keys = torch.ones(len(self.raw), dtype=torch.bool), torch.empty(0)
@@ -226,7 +226,7 @@ class Crafting:
                 f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
                 f"{perturbation.shape}; use a poison of the same image size."
             )
-        names, targets = class_names(self.raw.dataset), self.labels
+        names, targets = names_or_numbers(self.raw.dataset), self.labels
         poison.check_classes(names)
         for start in range(0, len(self.raw), 1024):
             images = torch.arange(start, min(start + 1024, len(self.raw)))

@@ -16,8 +16,8 @@ from cp_plugin.data import (
     RawDataset,
     SampleError,
     changes_in,
-    class_names,
     labels,
+    names_or_numbers,
     wrappers,
 )
 from cp_plugin.data.image import Size
@@ -46,6 +46,7 @@ class AddPoison:
         poison.check_classes(classes)
         self.poison, self.classes = poison, classes
         self._partial = poison.fraction < 1
+        self.reads_labels = poison.granularity == "class"
 
     def __call__(self, image_CHW: Tensor, key: int, label: int) -> Tensor:
         """Return the poisoned image, uint8 (C, H, W).
@@ -86,7 +87,7 @@ def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformD
 
 def added(dataset: Any, poison: Poison) -> PreTransformDataset:
     """Return a data set whose images carry a poison that is known to fit."""
-    add = AddPoison(poison, class_names(dataset))
+    add = AddPoison(poison, _classes(dataset, poison))
     return PreTransformDataset(dataset, add, poison.size, add.many)
 
 
@@ -102,13 +103,19 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         UserError: the poison belongs to other images (the first missing ones are named) or classes.
     """
     check_unpoisoned(dataset)
-    poison.check_classes(class_names(dataset))
+    classes = _classes(dataset, poison)
+    poison.check_classes(classes)
     if poison.owned_keys is not None:
         _check_images(dataset, poison)
     if fraction == 1:
         return poison
     keys = torch.tensor(_keys(dataset, poison.size, range(len(dataset))))
-    return poison.part(fraction, keys, labels(dataset))
+    return poison.part(fraction, keys, labels(dataset), classes)
+
+
+def _classes(dataset: Any, poison: Poison) -> tuple[str, ...] | None:
+    """Return the names of a data set's classes, where the poison asks for them."""
+    return names_or_numbers(dataset) if poison.granularity == "class" else None
 
 
 def check_unpoisoned(dataset: Any) -> None:
@@ -128,7 +135,7 @@ def check_unpoisoned(dataset: Any) -> None:
 def _check_images(dataset: Any, poison: Poison) -> None:
     """Look up images all over the data set: as many must carry the poison as its file says."""
     assert poison.owned_keys is not None
-    known = labels(dataset)
+    known = labels(dataset) if poison.granularity == "class" or poison.fraction < 1 else None
     rows = torch.arange(len(dataset))
     if poison.granularity == "class" and known is not None:
         rows = rows[known >= 0]  # the others carry none by design

@@ -15,7 +15,7 @@ from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.baselines import RandomConfig, SyntheticConfig
 from cp_plugin.config.settings import Granularity, UserError
-from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.image import Size
 from cp_plugin.util.provenance import versions
 
@@ -53,7 +53,7 @@ class Images:
         Raises:
             UserError: the data set has no labels.
         """
-        names = class_names(self.dataset)
+        names = names_or_numbers(self.dataset)
         if names is None or self.labels is None:
             raise UserError(
                 "poison.granularity=class needs labelled images and this data set has no labels; "

@@ -23,6 +23,7 @@ from torch import Tensor
 from cp_plugin.attack.perturbation import Perturbation, decode
 from cp_plugin.config.settings import Granularity, UserError, eps_levels
 from cp_plugin.data.image import Size
+from cp_plugin.data.labels import distinct
 from cp_plugin.data.subset import keys_of_part
 
 FORMAT = "1"
@@ -123,7 +124,7 @@ class Poison:
             Perturbation(tensors["delta"], float(metadata["eps"])),
             cast(Granularity, granularity),
             keys=tensors.get("keys"),
-            classes=None if classes is None else tuple(json.loads(classes)),
+            classes=None if classes is None else distinct(json.loads(classes)),
             info={key: value for key, value in metadata.items() if key not in known},
             chosen=tensors.get("chosen"),
         )
@@ -176,7 +177,13 @@ class Poison:
         """Keys of the images that carry it, int64; None for a poison that whole classes carry."""
         return self.keys if self.granularity == "sample" else self.chosen
 
-    def part(self, fraction: float, keys_N: Tensor, labels_N: Tensor | None) -> Poison:
+    def part(
+        self,
+        fraction: float,
+        keys_N: Tensor,
+        labels_N: Tensor | None,
+        classes: Sequence[str] | None = None,
+    ) -> Poison:
         """Return the poison for a part of its images, see `keys_of_part`.
 
         The choice is in the file as the rows' keys, or as `chosen`.
@@ -185,9 +192,11 @@ class Poison:
             fraction: in (0, 1]; of the images that the poison is in.
             keys_N: int64 (N), the keys of the data set's images.
             labels_N: int64 (N), negative where unlabelled; None where there are no labels.
+            classes: the names that the labels number; None: the poison's own.
         """
+        own_names = self.classes if classes is None else classes
         labels = torch.zeros_like(keys_N) if labels_N is None else labels_N
-        names = [self.classes[y] if self.classes and y >= 0 else None for y in labels.tolist()]
+        names = [own_names[y] if own_names and y >= 0 else None for y in labels.tolist()]
         carry = self.rows(keys_N.tolist(), names) >= 0
         chosen = keys_of_part(keys_N[carry], labels[carry], fraction)
         # Unlabelled images carry no class poison by design, so they are not counted.
@@ -200,7 +209,9 @@ class Poison:
         return replace(self, perturbation=own, keys=chosen, info=info)
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
-        """Check that a class poison was made for these classes; a sample poison fits any.
+        """Check that a class poison has a delta for each of these classes, by name, in any order.
+
+        A sample poison fits any.
 
         Raises:
             UserError: the data set has no classes, or others.
@@ -212,11 +223,13 @@ class Poison:
                 "a class poison needs labelled images and this data set has no labels; "
                 "use labelled data or a sample poison (+poison=cp)."
             )
-        if tuple(classes) != tuple(self.classes or ()):
+        unknown = [name for name in classes if name not in self._row_of_class]
+        if unknown:
             raise UserError(
                 f"the poison was made for {len(self.classes or ())} classes "
                 f"({_some(self.classes or ())}), the data set has {len(classes)} "
-                f"({_some(classes)}); use the data set it was made for."
+                f"({_some(classes)}), and it has no delta for {_some(unknown)}; use the data set "
+                "it was made for."
             )
 
     def offsets(self, rows_U: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ class KNNMonitor(Callback):
         self._poison = poisons[0] if poisons else None
         sizes = (view_mirror.view_size, canonical_form(bank, view_mirror.resized_side).size)
         self._normalize = view_mirror.normalize
-        self._bank, self._query = Bank.clean(bank, *sizes), Bank.clean(query, *sizes)
+        self._bank = Bank.clean(bank, *sizes)
+        self._query = Bank.clean(query, *sizes).numbered_as(self._bank)
         self._host = adapt(
             pl_module, lambda sample, _: sample, (), trainer.precision_plugin.forward_context
         )

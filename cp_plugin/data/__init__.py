@@ -9,7 +9,7 @@ class names), `raw` (the host's transform taken off), `slots` (where views stand
 
 from cp_plugin.data.datasets import FlatFolder, load
 from cp_plugin.data.image import Canonical, image_key
-from cp_plugin.data.labels import class_names, labels
+from cp_plugin.data.labels import class_names, labels, names_or_numbers
 from cp_plugin.data.photos import Photos
 from cp_plugin.data.raw import Item, RawDataset, SampleError
 from cp_plugin.data.transformed import PreTransformDataset, changes_in, clean_dataset
@@ -28,4 +28,5 @@ __all__ = [
     "image_key",
     "labels",
     "load",
+    "names_or_numbers",
 ]

@@ -86,7 +86,7 @@ def change_once(dataset: Any, canonical: Canonical, add: AddMany) -> ChangedArra
     copies = {key: array.copy() for key, array in arrays.items() if array is not None}
     targets = [copies[id(place.dataset)][place.row] for place in places]
     expected: list[Tensor] = []
-    known = labels(dataset)
+    known = labels(dataset) if getattr(add, "reads_labels", True) else None
     own_labels = [UNLABELLED] * len(places) if known is None else known.tolist()
     for start in range(0, len(places), BATCH):
         rows = range(start, min(start + BATCH, len(places)))

@@ -57,7 +57,7 @@ class PreTransformDataset(Dataset[Any]):
         self.dataset, self.add = dataset, add
         self._change = Change(add, Canonical(image_size))
         self._changed_arrays = add_many and change_once(dataset, Canonical(image_size), add_many)
-        found = labels(dataset)
+        found = labels(dataset) if getattr(add, "reads_labels", True) else None
         self._labels = None if found is None else found.tolist()
         self._built: Built | None = None
 

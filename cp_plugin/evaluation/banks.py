@@ -14,6 +14,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Canonical, RawDataset, class_names, clean_dataset, labels
 from cp_plugin.data.image import Size
+from cp_plugin.data.labels import renumbered
 from cp_plugin.evaluation.metrics import features
 
 IN_MEMORY_BYTES = 1 << 30
@@ -84,6 +85,15 @@ class Bank:
         if isinstance(images, Tensor):
             return replace(self, images=torch.stack([shown[row] for row in range(len(shown))]))
         return replace(self, images=shown)
+
+    def numbered_as(self, other: Bank) -> Bank:
+        """Return the bank with the label numbers of another one, its classes matched by name.
+
+        Raises:
+            UserError: it has images of a class that the other one lacks.
+        """
+        own = renumbered(self.labels, self.classes, other.classes)
+        return self if own is self.labels else replace(self, labels=own, classes=other.classes)
 
     def features(
         self,

@@ -16,7 +16,7 @@ from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import InjectConfig, UserError
-from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.mirror import mirror
 
@@ -72,8 +72,7 @@ def check_loader(loader: DataLoader[Any], selection: Selection, method: str) -> 
 
 
 def _check_labels(dataset: Any, name: str) -> None:
-    found = labels(dataset)
-    if found is None or class_names(dataset) is None or not bool((found >= 0).any()):
+    if names_or_numbers(dataset) is None:
         raise UserError(
             f"poison={name} has one delta a class and these images have no labels; use labelled "
             "images or poison.granularity=sample."
