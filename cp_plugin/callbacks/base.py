@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as new_root
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.hosts import host_class
 
 if TYPE_CHECKING:
     Callback = new_root.Callback
@@ -51,14 +52,8 @@ def put_in_order(trainer: Any) -> None:
 
 
 def run_folder(trainer: Any) -> Path:
-    """Return where a run leaves its files: the logger's folder, else the trainer's root.
-
-    In solo-learn it is the folder of its checkpoints, which is known once training has started.
-    """
-    for callback in trainer.callbacks:
-        if type(callback).__module__ == "solo.utils.checkpointer":
-            return Path(getattr(callback, "path", callback.logdir))
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Return where a run leaves its files; what it is, is the host's to say."""
+    return host_class(trainer.lightning_module).run_folder(trainer)
 
 
 __all__ = ["Callback", "put_in_order", "run_folder"]

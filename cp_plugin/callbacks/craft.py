@@ -17,7 +17,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
-from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, build
+from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, given
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.canonical import canonical_size
@@ -50,17 +50,18 @@ class CraftPoison(Callback):
     crafting_class: type[Crafting] = Crafting
     acts_on_images = (POISON, VIEWS)
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, config: AlternationConfig | None = None, **settings: Any) -> None:
         """Take the settings.
 
         Args:
+            config: a `config_class`; None: made of `settings`.
             settings: those of `config_class`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
         """
         super().__init__()
-        self.config = build(self.config_class, settings)
+        self.config = given(self.config_class, config, settings)
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -19,6 +19,7 @@ from cp_plugin.config.defences import (
     DpSgdConfig,
     MixupConfig,
     NoiseConfig,
+    Settings,
     check_defence,
     defence_settings,
 )
@@ -31,7 +32,6 @@ from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
 from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
-from cp_plugin.hosts.solo_learn import is_solo
 from cp_plugin.mirror import Mirror, mirror
 from cp_plugin.util.seed import run_seed
 
@@ -53,19 +53,20 @@ class Defence(Callback):
 
     acts_on_images = (DEFENCE,)
 
-    def __init__(self, name: str, **settings: Any) -> None:
+    def __init__(self, name: str, config: Settings | None = None, **settings: Any) -> None:
         """Take the settings.
 
         Args:
             name: matrix_completion, adversarial, noise, smoothing, cutout, mixup, cutmix, dp_sgd
                 or none.
+            config: the settings; None: made of `settings`.
             settings: those of the defence, by name, see `cp_plugin.config.defences`.
 
         Raises:
             UserError: an unknown name or setting, or a value out of range.
         """
         super().__init__()
-        self.name, self.config = name, defence_settings(name, settings)
+        self.name, self.config = name, defence_settings(name, settings, config)
         self._undo: list[Callable[[], Any]] = []
         self._private: Private | None = None
         self._facts: dict[str, Any] = {}
@@ -256,7 +257,7 @@ class _Adversary:
         views = views_of(batch)
         module = self._module
         with preserve_state(module) as guard:
-            if not is_solo(module):  # a layer of solo-learn has no gradient in eval mode
+            if self._host.eval_passes_gradients:
                 module.eval()
             gradients = momentum_gradients(module, self._host.momentum_modules())
 

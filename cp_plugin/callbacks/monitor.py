@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import training_loader
-from cp_plugin.config.settings import MonitorConfig, UserError, build
+from cp_plugin.config.settings import MonitorConfig, UserError, given
 from cp_plugin.data import RawDataset, clean_dataset
 from cp_plugin.data.canonical import canonical_form
 from cp_plugin.evaluation.banks import Bank
@@ -34,7 +34,12 @@ class KNNMonitor(Callback):
     """
 
     def __init__(
-        self, bank: Any = None, query: Any = None, encoder: str | None = None, **settings: Any
+        self,
+        bank: Any = None,
+        query: Any = None,
+        encoder: str | None = None,
+        config: MonitorConfig | None = None,
+        **settings: Any,
     ) -> None:
         """Take the data sets and the settings.
 
@@ -43,13 +48,14 @@ class KNNMonitor(Callback):
             query: labelled data set; None: the validation set.
             encoder: dotted name of the network whose output is the representation; None: the
                 first under the usual names (`backbone`, `encoder`, …).
+            config: the settings; None: made of `settings`.
             settings: those of `cp_plugin.config.settings.MonitorConfig`, by name.
 
         Raises:
             UserError: an unknown setting or a value out of range.
         """
         super().__init__()
-        self.config = build(MonitorConfig, settings, "monitor")
+        self.config = given(MonitorConfig, config, settings, "monitor")
         self._datasets = (bank, query)
         self._encoder_name = encoder
         self.results: list[dict[str, Any]] = []

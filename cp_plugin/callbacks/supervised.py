@@ -15,7 +15,7 @@ from cp_plugin.callbacks.base import put_in_order
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
-from cp_plugin.config.settings import AlternationConfig, CraftConfig, UserError, build
+from cp_plugin.config.settings import AlternationConfig, UserError, given
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.supervised import AdversarialHost, SupervisedHost
@@ -73,17 +73,20 @@ class CraftTap(CraftErrorMin):
     crafting_class = _TapCrafting
     host_class = AdversarialHost
 
-    def __init__(self, **settings: Any) -> None:
+    config_class = AlternationConfig
+
+    def __init__(self, config: TapConfig | None = None, **settings: Any) -> None:
         """Take the settings.
 
         Args:
+            config: the settings; None: made of `settings`.
             settings: those of `cp_plugin.config.baselines.TapConfig`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
         """
-        self._chosen = build(TapConfig, settings)
-        super().__init__(**vars(self._chosen.alternation()))
+        self._chosen = given(TapConfig, config, settings)
+        super().__init__(self._chosen.alternation())
         self._misled = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -147,20 +150,6 @@ class CraftTap(CraftErrorMin):
         )
         for batch in loader:
             yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-
-
-def crafter(config: CraftConfig | ErrorMinConfig | TapConfig, **changes: Any) -> CraftPoison:
-    """Return the callback that crafts what a configuration says.
-
-    Args:
-        config: the settings.
-        changes: settings that are to be others.
-    """
-    classes: dict[type[Any], type[CraftPoison]] = {
-        ErrorMinConfig: CraftErrorMin,
-        TapConfig: CraftTap,
-    }
-    return classes.get(type(config), CraftPoison)(**{**vars(config), **changes})
 
 
 def _count_classes(dataset: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cp_plugin.config.settings import UserError, build
+from cp_plugin.config.settings import UserError, given
 
 
 @dataclass(frozen=True)
@@ -213,15 +213,18 @@ _WHY = {
 """Defences that supervised victims alone can have, and what they do."""
 
 
-def defence_settings(name: str, values: Mapping[str, Any]) -> Settings | None:
+def defence_settings(
+    name: str, values: Mapping[str, Any], config: Settings | None = None
+) -> Settings | None:
     """Return the checked settings of a defence, None for `none`.
 
     Args:
         name: of `DEFENCES`.
         values: keys and values, without the name.
+        config: the settings as an object, in place of values.
 
     Raises:
-        UserError: an unknown name or key, or a value out of range.
+        UserError: an unknown name or key, a value out of range, or settings of another defence.
     """
     if name not in DEFENCES:
         near = difflib.get_close_matches(name, DEFENCES, n=1)
@@ -232,7 +235,7 @@ def defence_settings(name: str, values: Mapping[str, Any]) -> Settings | None:
         if values:
             raise UserError(f"defence.{next(iter(values))} is not a setting of defence=none.")
         return None
-    settings: Settings = build(kind, values, "defence")
+    settings: Settings = given(kind, config, values, "defence")
     return settings
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
@@ -103,6 +105,15 @@ class Selection:
                 "craft without it, then train on poison=inject with it."
             )
         return chosen
+
+    @classmethod
+    def read(cls, cfg: DictConfig) -> Selection:
+        """Return what the groups of a configuration select; see `of`."""
+        nodes = (cfg.get(group) for group in GROUPS)
+        values: Any = [
+            OmegaConf.to_container(node) if isinstance(node, DictConfig) else None for node in nodes
+        ]
+        return cls.of(*values)
 
     def check_method(self, method: str) -> None:
         """Check that a victim's method can have the defence.

@@ -240,6 +240,32 @@ def build(config_class: type[T], values: Mapping[str, Any], group: str = "poison
     )
 
 
+def given(
+    config_class: type[T], config: T | None, values: Mapping[str, Any], group: str = "poison"
+) -> T:
+    """Return settings that come as an object, or else as keywords.
+
+    Args:
+        config_class: what they must be.
+        config: the object; None: there are keywords.
+        values: the keywords, see `build`.
+        group: the name that errors give to the keys.
+
+    Raises:
+        UserError: settings of another kind, or given twice; or as `build` says.
+    """
+    if config is None:
+        return build(config_class, values, group)
+    if not isinstance(config, config_class):
+        raise UserError(f"expected a {config_class.__name__}, got {type(config).__name__}.")
+    if values:
+        raise UserError(
+            f"{group}.{next(iter(values))} is given beside a {config_class.__name__}; give either "
+            "the object or keywords."
+        )
+    return config
+
+
 def check_eps(eps: float) -> float:
     """Return eps if it is a budget.
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,22 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from cp_plugin.attack.noise import sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks import (
-    CanonicalImages,
-    CraftPoison,
-    Defence,
-    InjectPoison,
-    KNNMonitor,
-    MirrorViews,
-)
+from cp_plugin.callbacks import CraftPoison, Defence, InjectPoison, KNNMonitor
 from cp_plugin.callbacks.progress import RunProgress
-from cp_plugin.callbacks.supervised import crafter
-from cp_plugin.config.selection import CRAFTED, GROUPS, Selection
-from cp_plugin.config.settings import InjectConfig, UserError
+from cp_plugin.callbacks.selected import selected_callbacks
+from cp_plugin.config.selection import Selection
+from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
-from cp_plugin.data.canonical import canonical_size
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.compatibility import check_method, name_classes
@@ -39,11 +31,9 @@ from cp_plugin.engine.settings import for_surrogate
 from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
-from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE, RESULT_FILE
+from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, RESULT_FILE
 
 log = logging.getLogger("cp_plugin")
-
-AUGMENT = ("mirror", "host")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -133,20 +123,12 @@ def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
         UserError: an unknown name, a missing key, a value out of range, or poison and method do
             not go together.
     """
-    selection, settings = _selection(cfg), complete(_without_gpu(cfg))
+    selection, settings = Selection.read(cfg), complete(_without_gpu(cfg))
     if selection.crafts:
         settings = for_surrogate(settings)
     check_method(selection, settings)
     selection.check_method(settings.method)
     return selection, settings
-
-
-def _selection(cfg: DictConfig) -> Selection:
-    groups = []
-    for group in GROUPS:
-        node = OmegaConf.select(cfg, group, default=None)
-        groups.append(OmegaConf.to_container(node) if isinstance(node, DictConfig) else None)
-    return Selection.of(*groups)  # type: ignore[arg-type]
 
 
 def _without_gpu(cfg: DictConfig) -> DictConfig:
@@ -219,36 +201,14 @@ def _loader(train: Any, cfg: DictConfig) -> DataLoader[Any]:
     )
 
 
-def _callbacks(
-    selection: Selection,
-    cfg: DictConfig,
-    folder: Path,
-    parts: Parts,
-) -> list[Callback]:
+def _callbacks(selection: Selection, cfg: DictConfig, folder: Path, parts: Parts) -> list[Callback]:
+    if selection.monitor is not None and parts.test is None:
+        raise UserError(
+            "+monitor=knn needs labelled test images; set data.val_path=FOLDER, or leave the "
+            "monitor out."
+        )
     augment = cfg.get("augment", "host")
-    if augment not in AUGMENT:
-        raise UserError(f"augment must be one of {', '.join(AUGMENT)}; got {augment!r}.")
-    callbacks: list[Callback] = []
-    poison = selection.poison
-    if isinstance(poison, CRAFTED):
-        callbacks.append(crafter(poison, dir=poison.dir or str(folder)))
-    else:
-        if isinstance(poison, InjectConfig):
-            callbacks.append(InjectPoison(poison.path, poison.fraction, folder))
-        elif poison is not None:
-            size = canonical_size(parts.train, parts.resized_side, poison.image_size)
-            noise = sample_noise(parts.train, size, poison, cfg.seed)
-            if not (folder / POISON_FILE).exists():
-                noise.save(folder / POISON_FILE)
-            callbacks.append(InjectPoison(noise))
-        else:
-            callbacks.append(CanonicalImages(selection.image_size))
-        if selection.defence is not None:
-            callbacks.append(Defence(selection.defence_name, **vars(selection.defence)))
-        if augment == "mirror":
-            callbacks.append(MirrorViews())
-    if selection.monitor is not None:
-        callbacks.append(KNNMonitor(parts.train, _test_set(parts.test), **vars(selection.monitor)))
+    callbacks = selected_callbacks(selection, folder, augment, bank=parts.train, query=parts.test)
     if cfg.checkpoint.enabled:
         callbacks.append(
             ModelCheckpoint(
@@ -262,16 +222,6 @@ def _callbacks(
             )
         )
     return [*callbacks, RunProgress(f"{cfg.method} {selection.label}")]
-
-
-def _test_set(test: Any) -> Any:
-    if test is None:
-        raise UserError(
-            "+monitor=knn needs labelled test images; set data.val_path=FOLDER, or leave the "
-            "monitor out."
-        )
-    # The monitor opens it as it opens the training set: before a transform, even if there is none.
-    return test
 
 
 def _loggers(folder: Path, cfg: DictConfig) -> Iterable[Logger]:
@@ -300,7 +250,7 @@ def _result(
     result: dict[str, Any] = {
         "poison": selection.name,
         "defence": selection.defence_name,
-        "defence_settings": None if selection.defence is None else vars(selection.defence),
+        "defence_settings": None if selection.defence is None else asdict(selection.defence),
         "granularity": None,
         "eps": None,
         "fraction": None,

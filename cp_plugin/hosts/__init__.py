@@ -15,4 +15,9 @@ def adapt(module: Any, *arguments: Any) -> LightningHost:
         module: a LightningModule.
         arguments: those of `LightningHost` after the module.
     """
-    return (SoloHost if is_solo(module) else LightningHost)(module, *arguments)
+    return host_class(module)(module, *arguments)
+
+
+def host_class(module: Any) -> type[LightningHost]:
+    """Return the kind of host that a LightningModule needs, by the framework it belongs to."""
+    return SoloHost if is_solo(module) else LightningHost

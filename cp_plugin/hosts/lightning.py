@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,14 @@ BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 
 class LightningHost(ModuleHost):
     """A LightningModule behind the protocol of `cp_plugin.hosts.protocol.Host`."""
+
+    eval_passes_gradients = True
+    """Whether every layer has a gradient in eval mode; else adversarial views are made without."""
+
+    @staticmethod
+    def run_folder(trainer: Any) -> Path:
+        """Return where a run leaves its files: the logger's folder, else the trainer's root."""
+        return Path(trainer.log_dir or trainer.default_root_dir)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ NOT_SERVED = {
 """Methods of solo-learn that no poison can be crafted with, and why."""
 NEIGHBOURS_ONLY = ("nnbyol",)
 """Methods whose momentum branch only picks keys from a queue: no gradient goes through a choice."""
+CHECKPOINTER = "solo.utils.checkpointer"
 NO_BACKWARD_IN_EVAL = ("solo.utils.whitening", "IterNorm")
 """A layer of solo-learn that passes gradients on in training mode alone."""
 CLASSIFIER_STEPS = ("base_training_step", "_shared_step_momentum")
@@ -60,6 +62,15 @@ class SoloHost(LightningHost):
     """
 
     framework = "solo-learn"
+    eval_passes_gradients = False
+
+    @staticmethod
+    def run_folder(trainer: Any) -> Path:
+        """Return the folder of the run's checkpoints, which is known once training has started."""
+        for callback in trainer.callbacks:
+            if type(callback).__module__ == CHECKPOINTER:
+                return Path(getattr(callback, "path", callback.logdir))
+        return LightningHost.run_folder(trainer)
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import Selection
-from cp_plugin.config.settings import InjectConfig, UserError
+from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.mirror import mirror
@@ -23,48 +23,54 @@ from cp_plugin.mirror import mirror
 LoaderMaker = Callable[..., DataLoader[Any]]
 
 
-def checked(prepare: LoaderMaker, selection: Selection, method: str) -> LoaderMaker:
+def checked(
+    prepare: LoaderMaker, selection: Selection, method: str, poison: Poison | None = None
+) -> LoaderMaker:
     """Return solo-learn's `prepare_dataloader` with a look at what it has made.
 
     Args:
         prepare: solo-learn's own.
         selection: the poison and the monitor.
         method: the name of the method that is trained.
+        poison: what the file that is injected holds.
     """
 
     @functools.wraps(prepare)
     def prepare_dataloader(*args: Any, **kwargs: Any) -> DataLoader[Any]:
         loader = prepare(*args, **kwargs)
-        check_loader(loader, selection, method)
+        check_loader(loader, selection, method, poison)
         return loader
 
     return prepare_dataloader
 
 
-def check_loader(loader: DataLoader[Any], selection: Selection, method: str) -> None:
+def check_loader(
+    loader: DataLoader[Any], selection: Selection, method: str, poison: Poison | None = None
+) -> None:
     """Check that the selected poison fits the images.
 
     Args:
         loader: of the training set.
         selection: the poison and the monitor.
         method: the name of the method that is trained.
+        poison: what the file that is injected holds.
 
     Raises:
         UserError: there are too few images, they lack labels or a mirror, or the poison belongs to
             others.
     """
-    dataset, poison = loader.dataset, selection.poison
-    if poison is None:
+    dataset = loader.dataset
+    if selection.poison is None:
         return
     if len(loader) == 0:
         raise UserError(
             f"{len(dataset)} images make no batch of {loader.batch_size}; "  # type: ignore[arg-type]
             "set optimizer.batch_size to fewer or check data.train_path."
         )
-    if isinstance(poison, InjectConfig):
-        part(dataset, Poison.load(poison.path), 1.0)
+    if poison is not None:
+        part(dataset, poison, 1.0)
         return
-    if getattr(poison, "granularity", None) == "class":
+    if getattr(selection.poison, "granularity", None) == "class":
         _check_labels(dataset, selection.name)
     pipeline = RawDataset(dataset, None).transform
     check_pipeline(method, pipeline)

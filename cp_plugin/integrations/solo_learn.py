@@ -18,19 +18,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks import (
-    CanonicalImages,
-    CraftPoison,
-    Defence,
-    InjectPoison,
-    KNNMonitor,
-    MirrorViews,
-)
+from cp_plugin.callbacks import CraftPoison
 from cp_plugin.callbacks.base import Callback
-from cp_plugin.callbacks.inject import NoisePoison
-from cp_plugin.callbacks.monitor import Journal
-from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
-from cp_plugin.config.selection import GROUPS, Selection
+from cp_plugin.callbacks.selected import selected_callbacks
+from cp_plugin.config.baselines import ErrorMinConfig, SyntheticConfig, TapConfig
+from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import EPOCH, CraftConfig, InjectConfig, UserError
 from cp_plugin.data.datasets import SIDES
 from cp_plugin.engine.solo_backbones import PREFIX, add_timm_backbone
@@ -80,9 +72,11 @@ def _wrapped(
     @functools.wraps(parse)
     def parse_cfg(cfg: DictConfig) -> Any:
         OmegaConf.set_struct(cfg, False)
-        selection = _selection(cfg)
+        selection = Selection.read(cfg)
         check = _check_pretrain if kind == "pretrain" else _check_linear
         check(cfg, selection)
+        chosen = selection.poison
+        poison = Poison.load(chosen.path) if isinstance(chosen, InjectConfig) else None
         _read_folders(cfg)
         _use_timm(cfg, kind, job)
         for patch in patches():
@@ -94,21 +88,13 @@ def _wrapped(
         folder = _own_folder(parsed)
         _check_folder(selection, folder)
         defended = selection if kind == "pretrain" else replace(selection, defence=None)
-        job.callbacks = functools.partial(build_callbacks, parsed, defended, folder)
+        job.callbacks = functools.partial(build_callbacks, parsed, defended, folder, poison)
         if LOADER in names:
             job.undo.append(functools.partial(names.__setitem__, LOADER, names[LOADER]))
-            names[LOADER] = checked(names[LOADER], selection, str(parsed.method))
+            names[LOADER] = checked(names[LOADER], selection, str(parsed.method), poison)
         return parsed
 
     return parse_cfg
-
-
-def _selection(cfg: DictConfig) -> Selection:
-    groups = []
-    for group in GROUPS:
-        node = cfg.get(group)
-        groups.append(OmegaConf.to_container(node) if isinstance(node, DictConfig) else None)
-    return Selection.of(*groups)  # type: ignore[arg-type]
 
 
 def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
@@ -138,8 +124,6 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
             f"poison={selection.name} has one delta a class and data.no_labels=True leaves no "
             "labels; use labelled data or poison.granularity=sample."
         )
-    if isinstance(poison, InjectConfig):
-        Poison.load(poison.path)
     if selection.monitor is not None:
         without_tests = data.dataset not in SIDES and data.get("val_path") is None
         if unlabelled or without_tests:
@@ -236,31 +220,18 @@ def _check_folder(selection: Selection, folder: Path | None) -> None:
         )
 
 
-def build_callbacks(cfg: DictConfig, selection: Selection, folder: Path | None) -> list[Callback]:
+def build_callbacks(
+    cfg: DictConfig, selection: Selection, folder: Path | None, poison: Poison | None = None
+) -> list[Callback]:
     """Return the callbacks of a run.
 
     Args:
         cfg: solo-learn's parsed configuration.
         selection: the poison, the monitor and the defence.
         folder: where the run leaves its files; None: beside its checkpoints.
+        poison: what the file that is injected holds.
     """
-    made: list[Callback] = []
-    poison = selection.poison
-    if selection.monitor is not None:  # first, since it reads the data set before it is exchanged
-        monitor = KNNMonitor(**vars(selection.monitor))
-        made += [monitor, Journal(monitor, folder)]
-    if isinstance(poison, CraftConfig):
-        made.append(CraftPoison(**{**vars(poison), "dir": poison.dir or (folder and str(folder))}))
-    elif isinstance(poison, InjectConfig):
-        made.append(InjectPoison(poison.path, poison.fraction, folder))
-    elif isinstance(poison, (RandomConfig, SyntheticConfig)):
-        made.append(NoisePoison(poison, folder))
-    else:
-        made.append(CanonicalImages(selection.image_size))
-    if selection.defence is not None:
-        made.append(Defence(selection.defence_name, **vars(selection.defence)))
-    if cfg.get("augment") == "mirror" and not selection.crafts:
-        made.append(MirrorViews())
+    made = selected_callbacks(selection, folder, cfg.get("augment", "host"), poison)
     return [*made, First(made)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cp_plugin.attack import poison_file
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.data import RawDataset, load
 from tests.support.applications import CRAFT, NATIVE, only
@@ -30,7 +31,7 @@ def curve(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path):
+def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path, monkeypatch):
     parse = stock.module("main_pretrain").parse_cfg
     made = stock.pretrain(
         *("cifar/simclr", *solo_data, "+poison=cp", "poison.rounds=1", "poison.pgd_steps=1"),
@@ -49,6 +50,9 @@ def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path):
     assert sorted(rows_found(poison, tmp_path / "train").tolist()) == list(range(24))
     assert stock.module("main_pretrain").parse_cfg is parse
 
+    loaded = []
+    own = poison_file.read
+    monkeypatch.setattr(poison_file, "read", lambda path: loaded.append(str(path)) or own(path))
     victim = stock.pretrain(
         *(
             "cifar/simclr",
@@ -60,6 +64,7 @@ def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path):
         *("+monitor=knn", "monitor.every_n_epochs=1", "max_epochs=2"),
     )
     assert victim.code == 0, victim.err
+    assert loaded == [str(file)]
     found = curve(tmp_path / "victim")
     assert [row["epoch"] for row in found] == ["0", "1"]
     assert all(0 <= float(row["knn_poisoned_bank"]) <= 100 for row in found)

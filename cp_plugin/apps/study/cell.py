@@ -58,9 +58,10 @@ def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
     found = {"folder": str(run.relative_to(folder.path)), "result": result}
     if cell.kind == "craft":
         return found
-    found["banks"] = evaluate(run)
+    poison = poison_of(run)
+    found["banks"] = evaluate(run, poison)
     if "clean" in cell.needs:
-        poison, clean = poison_of(run), _run_of(folder, cell, "clean")
+        clean = _run_of(folder, cell, "clean")
         assert poison is not None, "a cell that needs a clean run is a victim"
         found["control"] = evaluate(clean, poison)[1:]
         found["control_curve"] = control_curve(clean, poison)

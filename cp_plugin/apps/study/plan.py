@@ -220,5 +220,5 @@ def _with_digests(cells: Mapping[str, Cell]) -> dict[str, Cell]:
         below = [done[other].digest for other in cell.needs.values()]
         text = json.dumps([cell.config, cell.overrides, below])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        done[name] = Cell(**{**vars(cell), "digest": digest})
+        done[name] = replace(cell, digest=digest)
     return done
