@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +78,6 @@ class RawDataset(Dataset[Item]):
         self._views: int | None = None
         self._probed = self._with_probe(None)
         self._process = os.getpid()
-        self._closed = False
         self.places = self._count_places()
 
     def __len__(self) -> int:
@@ -148,24 +146,9 @@ class RawDataset(Dataset[Item]):
         alone = len(views) == 1 and view_pipelines(self.transform) is None
         return markers.with_views(sample, views, self.places, alone)
 
-    def close(self) -> None:
-        """Let go of the copy; the data set itself was never changed."""
-        self._probed, self._closed = None, True
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the copy: another process makes its own."""
         return {**vars(self), "_probed": None}
-
-    def __enter__(self) -> RawDataset:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def _name(self) -> str:
@@ -176,8 +159,6 @@ class RawDataset(Dataset[Item]):
         return wrappers.with_transform(self.dataset, lambda _: probe)
 
     def _read(self, row: int) -> Any:
-        if self._closed:
-            raise SampleError(f"This raw {self._name} is closed; open the data set again.")
         if self._process != os.getpid() or self._probed is None:
             # Files that the copy has raw meanwhile (h5) are of no use in another process.
             self._probed, self._process = self._with_probe(self._views), os.getpid()

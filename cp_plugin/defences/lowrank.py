@@ -3,9 +3,8 @@
     min over X:  1/2 sum over kept pixels (X - M)^2  +  shrinkage * (sum of singular values of X)
 
 The minimiser of soft-impute (Mazumder, Hastie, Tibshirani, JMLR 2010), reached by ADMM (Boyd et
-al., 2011). A step thresholds singular values, which is done without decomposing any matrix: the
-matrix function of the Gram matrix that thresholds is built from matrix products (a scaled
-Newton-Schulz iteration; Chen, Chow, 2014), which run in batches on any device.
+al., 2011). A step thresholds singular values by the eigenvectors of the Gram matrices, which are
+small, since an image has fewer rows than values in a row.
 
 Legend for shapes: N matrices, R rows, K columns.
 """
@@ -21,13 +20,8 @@ THRESHOLD = 0.12
 """Singular values that a step removes, in units of the image's Frobenius norm: sets the pace."""
 OVERRELAXED = 1.6
 """Within (1, 2) fewer steps are needed (Eckstein, Bertsekas, 1992)."""
-MARGIN = 1.1
-"""By how much the largest eigenvalue stays below what the iteration converges for."""
-CLOSE = 5e-3
-"""Singular values nearer to the threshold than this part of it need not be told apart."""
 PORTION = 64
 """Matrices that a processor works on at a time, so that they stay in its cache."""
-CONVERGED = 1e-5
 
 
 def complete(
@@ -71,25 +65,20 @@ def complete(
 
 
 def soft_threshold(matrices_NRK: Tensor, threshold_N11: Tensor) -> Tensor:
-    """Return matrices whose singular values s are max(s - threshold, 0).
+    """Return matrices whose singular values s are max(s - threshold, 0), singular vectors kept.
 
-    Singular vectors stay. From the Gram matrix G alone, D = P (1 - t G^(-1/2)) X, where
-    P = (1 + sign(G^(1/2) - t)) / 2, in matrix products only. Where the roots of eigenvalues far
-    below t^2 have not converged, P is 0.
+    The eigenvalues of the Gram matrix are the squares of s, so D = Q diag(1 - threshold / s) Q^T X.
 
     Args:
         matrices_NRK: float (N, R, K).
-        threshold_N11: positive, float (N, 1, 1), at least 0.06 of each Frobenius norm.
+        threshold_N11: positive, float (N, 1, 1). In float32, of matrices of Frobenius norm 1, it
+            should not be far below 1e-3, where the squares of s get lost in rounding.
     """
-    gram = matrices_NRK @ matrices_NRK.mT
-    scale = MARGIN * torch.linalg.matrix_norm(gram)[:, None, None]
-    scale = torch.maximum(scale, MARGIN * threshold_N11**2)
-    cut = threshold_N11 / scale.sqrt()
-    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    root, inverse = _roots(gram / scale)
-    above = (_sign((root + root.mT) / 2 - cut * one) + one) / 2
-    product: Tensor = (above @ (one - cut * inverse)) @ matrices_NRK
-    return product
+    squares_NR, vectors_NRR = torch.linalg.eigh(matrices_NRK @ matrices_NRK.mT)
+    # What is not above the threshold is cut whatever it is: no division by nearly nothing.
+    values_N1R = squares_NR[:, None].clamp(min=threshold_N11**2).sqrt()
+    shrunk: Tensor = (vectors_NRR * (1 - threshold_N11 / values_N1R)) @ vectors_NRR.mT
+    return shrunk @ matrices_NRK
 
 
 def _check(matrices: Tensor, kept: Tensor) -> None:
@@ -100,45 +89,3 @@ def _check(matrices: Tensor, kept: Tensor) -> None:
             f"shape; got {tuple(matrices.shape)} {matrices.dtype} and {tuple(kept.shape)} "
             f"{kept.dtype}."
         )
-
-
-def _scaled_newton_schulz(low: float) -> list[tuple[float, float]]:
-    """Return (a, b) of polynomials a x + b x^3 that take [low, 1] to 1, one after the other.
-
-    Each is the best one for the interval that the one before leaves (Chen, Chow, 2014).
-    """
-    coefficients, high = [], 1.0
-    while 1 - low > CONVERGED:
-        alpha = (3 / (high**2 + low * high + low**2)) ** 0.5
-        beta = 4 / (2 + low * high * (low + high) * alpha**3)
-        a, b = 1.5 * alpha * beta, -0.5 * beta * alpha**3
-        coefficients.append((a, b))
-        low = a * low + b * low**3
-        high = 2 - low
-    return coefficients
-
-
-LEAST = (0.5 * THRESHOLD / MARGIN) ** 2
-"""The threshold's square in units of `scale`, at least: a step's matrix may be larger than its
-image, but not twice as large."""
-_TO_SIGN = _scaled_newton_schulz(CLOSE * LEAST**0.5)
-_TO_ROOT = _scaled_newton_schulz(LEAST**0.5)
-
-
-def _sign(symmetric: Tensor) -> Tensor:
-    """Return the matrix with the same eigenvectors and the signs of the eigenvalues."""
-    for a, b in _TO_SIGN:
-        symmetric = torch.baddbmm(symmetric, symmetric, symmetric @ symmetric, beta=a, alpha=b)
-    return symmetric
-
-
-def _roots(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the square root of a symmetric matrix and its inverse, for eigenvalues >= LEAST."""
-    one = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
-    (a, b), *others = _TO_ROOT
-    inverse = a * one + b * symmetric
-    root = symmetric @ inverse
-    for a, b in others:
-        factor = a * one + b * (inverse @ root)
-        root, inverse = root @ factor, factor @ inverse
-    return root, inverse

@@ -52,7 +52,7 @@ def thresholded(matrix, threshold):
 
 
 @pytest.mark.parametrize("share", [0.06, 0.2, 0.7])
-def test_thresholding_without_decomposition_is_that_of_numpys_svd(photos, share):
+def test_thresholding_by_the_gram_matrix_is_that_of_numpys_svd(photos, share):
     images = torch.from_numpy(photos.data[:16]).float() / 255
     matrices = images.permute(0, 1, 3, 2).reshape(16, 32, 96)
     threshold = share * torch.linalg.matrix_norm(matrices)[:, None, None]
