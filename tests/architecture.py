@@ -21,21 +21,21 @@ LIBRARIES = ("torch", "torchvision", "lightning", "pytorch_lightning", "hydra", 
 Graph = networkx.DiGraph
 
 
-def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Return the package's modules by dotted name; a folder's `__init__` has the folder's."""
+def modules(root: Path = ROOT, package: str = PACKAGE) -> dict[str, Path]:
+    """Return a package's modules by dotted name; a folder's `__init__` has the folder's."""
     found = {}
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def module_graph(root: Path = ROOT) -> Graph:
+def module_graph(root: Path = ROOT, package: str = PACKAGE) -> Graph:
     """Return which module imports which, an edge an import statement that runs.
 
     Imports under `if TYPE_CHECKING:` count too: what a reader has to know counts.
     """
-    known = modules(root)
+    known = modules(root, package)
     graph = Graph()
     graph.add_nodes_from(known)
     for name, path in known.items():

@@ -117,9 +117,9 @@ def test_a_poison_is_never_overwritten(data, tmp_path):
 
 
 def test_starting_from_a_class_poison(data, tmp_path):
-    start = Poison(
-        Perturbation(torch.full((12, 3, 32, 32), 0.02), 8 / 255), "class", classes=data.classes
-    )
+    levels = torch.linspace(-0.03, 0.03, 12)  # one of its own for each class
+    rows = levels.view(12, 1, 1, 1).expand(12, 3, 32, 32).contiguous()
+    start = Poison(Perturbation(rows, 8 / 255), "class", classes=data.classes)
     start.save(tmp_path / "start.safetensors")
     craft = CraftPoison(
         rounds=1,
@@ -129,8 +129,14 @@ def test_starting_from_a_class_poison(data, tmp_path):
         init=str(tmp_path / "start.safetensors"),
     )
     trainer(lightning.pytorch, tmp_path, craft).fit(simclr(lightning.pytorch), loader(data))
-    delta = Poison.load(tmp_path / "poison.safetensors").perturbation.gather(torch.arange(48))
-    assert (delta - 0.02).abs().max() < 6 * 0.01 * 8 / 255
+    poison = Poison.load(tmp_path / "poison.safetensors")
+    raw = RawDataset(data, 32)
+    found = poison.rows([raw[row].key for row in range(48)])
+    assert sorted(found.tolist()) == list(range(48))
+    expected = levels[torch.tensor(data.targets)].view(48, 1, 1, 1)
+    moved = 6 * 0.01 * 8 / 255
+    assert moved < levels.diff().min() / 2  # so that no class is taken for another
+    assert (poison.perturbation.gather(found) - expected).abs().max() < moved
 
 
 def test_a_part_of_each_class_is_poisoned(data, tmp_path):

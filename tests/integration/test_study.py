@@ -19,6 +19,7 @@ from cp_plugin.apps.study.settings import parse, read
 from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folder, write
 from cp_plugin.apps.study.watch import Watch
 from cp_plugin.config.settings import UserError
+from cp_plugin.engine import run
 from cp_plugin.util.seed import derived_seed
 
 CP_CLASS = ["+poison=cp_class", "poison.rounds=2", "poison.model_steps=2", "poison.noise_steps=1"]
@@ -214,8 +215,24 @@ def test_only_hydra_is_set_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("name", ["photos", "cifar10", "cifar10_gpu", "schedules", "augment"])
 def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, monkeypatch):
     monkeypatch.setenv("CIFAR10", "a_folder")
-    settings = read(name)
-    check({name: cell for name, cell in plan(settings).items() if cell.defence == "none"})
+    cells = plan(read(name)).values()
+    cells = [cell for cell in cells if cell.defence == "none" and cell.seed == 0]
+    composed = []
+
+    def kept(cfg):
+        composed.append(own_check(cfg))
+        return composed[-1]
+
+    own_check = run.check
+    monkeypatch.setattr(run, "check", kept)
+    for cell in cells:
+        check({cell.name: cell})
+        selection, cfg = composed.pop()
+        assert selection.crafts == (cell.kind == "craft")
+        injected = cell.kind == "victim" and cell.surrogate is not None
+        assert selection.name == ("inject" if injected else cell.poison)
+        assert cfg.method == (cell.surrogate if cell.victim is None else cell.victim)
+        assert f"seed={cfg.seed}" in cell.overrides
 
 
 # --- What outlives a process: cells are run by a script that dies as it is told.

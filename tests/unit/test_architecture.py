@@ -48,6 +48,14 @@ def test_the_root_of_the_package_is_small() -> None:
         assert ast.get_docstring(ast.parse(text.read_text(encoding="utf8")))
 
 
+def test_no_test_imports_another_and_helpers_are_imported_one_way() -> None:
+    graph = architecture.module_graph(package="tests")
+    tests = {name for name in graph if name.rpartition(".")[2].startswith(("test_", "conftest"))}
+    assert len(tests) > 40
+    assert [edge for edge in graph.edges if edge[1] in tests] == []
+    assert architecture.circles(graph) == []
+
+
 def functions() -> list[tuple[str, int]]:
     """Return every function of the package and its lines without the docstring."""
     found = []

@@ -1,7 +1,9 @@
 """Settings are checked where they are made, and mistakes are told in the user's words."""
 
 import pytest
+from omegaconf import OmegaConf
 
+from cp_plugin.attack.loop import Schedule
 from cp_plugin.config.baselines import RandomConfig
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import (
@@ -13,6 +15,7 @@ from cp_plugin.config.settings import (
     eps_levels,
     number,
 )
+from cp_plugin.util.paths import shipped
 
 
 @pytest.mark.parametrize(
@@ -23,11 +26,25 @@ def test_numbers_as_text(text, value):
     assert build(CraftConfig, {"eps": text}).eps == pytest.approx(value)
 
 
-def test_defaults_are_the_papers_sample_wise_settings():
-    config = CraftConfig()
-    assert (config.rounds, config.pgd_steps, config.step_size) == (200, 5, 0.1)
-    assert config.eps == 8 / 255
-    assert config.model_steps == config.noise_steps == "epoch"
+def shipped_group(name):
+    node = OmegaConf.load(shipped("configs") / "poison" / f"{name}.yaml")
+    return Selection.of(OmegaConf.to_container(node.poison), None).poison
+
+
+def test_defaults_are_those_of_the_group_cp():
+    assert shipped_group("cp") == CraftConfig()
+
+
+def test_shipped_crafts_cost_what_the_papers_do():
+    """CP-C and CP-S of CIFAR-10 in batches of 512, two views: 160 million image passes in all."""
+    passes = 0
+    for config in (shipped_group("cp_class"), shipped_group("cp")):
+        steps = [
+            50_000 // 512 if number == "epoch" else number
+            for number in (config.model_steps, config.noise_steps)
+        ]
+        passes += Schedule(config.rounds, *steps, config.pgd_steps).image_passes(512, 2)
+    assert passes == pytest.approx(160e6, rel=0.005)
 
 
 @pytest.mark.parametrize(
