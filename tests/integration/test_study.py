@@ -229,8 +229,8 @@ def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, mon
         check({cell.name: cell})
         selection, cfg = composed.pop()
         assert selection.crafts == (cell.kind == "craft")
-        injected = cell.kind == "victim" and cell.surrogate is not None
-        assert selection.name == ("inject" if injected else cell.poison)
+        assert f"+poison={selection.name}" in cell.overrides
+        assert (selection.name == "inject") == (cell.kind == "victim" and bool(cell.surrogate))
         assert cfg.method == (cell.surrogate if cell.victim is None else cell.victim)
         assert f"seed={cfg.seed}" in cell.overrides
 
