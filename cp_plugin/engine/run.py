@@ -94,8 +94,6 @@ class Parts(NamedTuple):
     """The training set, its transform the augmentations."""
     test: Any
     """The test set, None where there is none."""
-    resized_side: int | None
-    """What the augmentations first resize images to, in pixels; None: they do not."""
 
 
 def prepare(settings: DictConfig) -> Parts:
@@ -113,7 +111,7 @@ def prepare(settings: DictConfig) -> Parts:
     view_mirror = mirror(train.transform)
     module = build_method(settings, view_mirror.crop_size or settings.augmentations[0].crop_size)
     fit_whitening(module, train, view_mirror)
-    return Parts(module, _loader(train, settings), train, test, view_mirror.resized_side)
+    return Parts(module, _loader(train, settings), train, test)
 
 
 def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:

@@ -24,6 +24,7 @@ from cp_plugin.engine import build_method
 from cp_plugin.engine.run import check
 from cp_plugin.hosts import adapt
 from cp_plugin.mirror import mirror
+from tests.support.solo_modules import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning's and of solo-learn's imports
 BATCH, SIDE, PGD, NOISE = 8, 16, 2, 3
@@ -56,7 +57,6 @@ def of_solo_learn(solo_learn: Path, patch: pytest.MonkeyPatch) -> tuple[Any, Que
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         methods = pytest.importorskip("solo.methods").METHODS
-    from tests.hosts.test_solo_methods import make
 
     host = make(methods, "mocov2plus")
     module: Any = host.module.float()
