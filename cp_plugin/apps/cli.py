@@ -56,6 +56,9 @@ def evaluate(
     test: Annotated[Path | None, typer.Option(help="Another folder of test images.")] = None,
     k: Annotated[int | None, typer.Option(help="Neighbours.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the votes.")] = 0.07,
+    probe: Annotated[
+        str, typer.Option(help="Linear probe: cosine, ours; paper, the authors' too; none.")
+    ] = "cosine",
     finetune: Annotated[
         float | None, typer.Option(help="Fine-tune too, on this part of each class's labels.")
     ] = None,
@@ -81,35 +84,29 @@ def evaluate(
     from cp_plugin.attack.poison_file import Poison
 
     chosen = Poison.load(poison) if poison else None
-    rows = measure(checkpoint, chosen, k, temperature, data=data, test=test, finetune=finetune)
+    rows = measure(checkpoint, chosen, k, temperature, probe, data, test, finetune)
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     tuned = [f"{finetune:.0%} fine-tuned, last", "best"] if finetune else []
     own = ["own classifier"] if "classifier" in rows[0] else []
-    named = (
-        "bank",
-        "kNN",
-        "k",
-        "T",
-        "distance",
-        "linear, last",
-        "linear, best",
-        *tuned,
-        *own,
-        "images",
-    )
-    table = Table(*named)
+    probes = [name for name in ("linear", "linear_paper") if name in rows[0]]
+    figures = [
+        (f"linear ({rows[0][name]['protocol']}), {which}", name, which)
+        for name in probes
+        for which in ("last", "best")
+    ]
+    titles = [title for title, _, _ in figures]
+    table = Table("bank", "kNN", "k", "T", "distance", *titles, *tuned, *own, "images")
     for row in rows:
-        near, linear = row["knn"], row["linear"]
+        near = row["knn"]
         table.add_row(
             row["bank"],
             f"{near['accuracy']:.1f} %",
             str(near["k"]),
             str(near["temperature"]),
             near["distance"],
-            f"{linear['last']:.1f} %",
-            f"{linear['best']:.1f} %",
+            *(f"{row[name][which]:.1f} %" for _, name, which in figures),
             *(f"{row['finetune'][which]:.1f} %" for which in ("last", "best") if finetune),
             *(f"{row['classifier']:.1f} %" if "classifier" in row else "" for _ in own),
             str(near["bank_size"]),

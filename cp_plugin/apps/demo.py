@@ -151,7 +151,7 @@ def _row(name: str, runs: dict[str, dict[str, Any]], seed: int) -> dict[str, Any
     control = None
     if name != "none":
         poison = poison_of(Path(victim["folder"]))
-        banks = evaluate(Path(runs["none"]["folder"]), poison, probe=False)
+        banks = evaluate(Path(runs["none"]["folder"]), poison, probe="none")
         control = next(row["knn"]["accuracy"] for row in banks if row["bank"] == "poisoned")
     return {
         "poison": name,

@@ -25,7 +25,8 @@ from cp_plugin.engine.supervised import Supervised
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.finetune import check_fraction
 from cp_plugin.evaluation.finetune import finetune as fine_tune
-from cp_plugin.evaluation.metrics import knn, linear_probe
+from cp_plugin.evaluation.metrics import COSINE, NONE, PAPER, PROBES, knn, linear_probe
+from cp_plugin.evaluation.paper_probe import paper_probe
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE
@@ -83,7 +84,7 @@ def evaluate(
     poison: Poison | None = None,
     k: int | None = None,
     temperature: float = 0.07,
-    probe: bool = True,
+    probe: str = COSINE,
     data: Path | None = None,
     test: Path | None = None,
     finetune: float | None = None,
@@ -95,20 +96,23 @@ def evaluate(
         poison: of the poisoned bank; None: the run's own, if it has one.
         k: neighbours; None: 200, or 20 where the bank has fewer than 5,000 images.
         temperature: of the votes.
-        probe: fit linear probes too.
+        probe: `cosine`, our linear probe; `paper`, the authors' beside it; or `none`.
         data: another folder of images as the bank; None: the run's training set.
         test: another folder of images as queries; None: the run's test set.
         finetune: also fine-tune the encoder on this part of each bank's labels, in (0, 1].
 
     Returns:
-        One row a bank: `bank`, `knn`, `linear` and `finetune` with their settings, accuracies in
-        percent. A supervised run's clean row has `classifier` too: what its own one gets right.
+        One row a bank: `bank`, `knn`, `linear`, `linear_paper` and `finetune` with their settings,
+        accuracies in percent, probes with their protocol. A supervised run's clean row has
+        `classifier` too: what its own one gets right.
 
     Raises:
         UserError: checkpoint, data set or poison cannot be used.
     """
     if finetune is not None:
         check_fraction(finetune)
+    if probe not in PROBES:
+        raise UserError(f"probe must be one of {', '.join(PROBES)}; got {probe!r}.")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     host, pipeline, cfg = _trained(checkpoint, folder)
     sets = _sets(folder, pipeline, cfg, poison or poison_of(folder), data, test)
@@ -119,8 +123,11 @@ def evaluate(
         features = (found, bank.labels, query_features, sets.query.labels)
         row: dict[str, Any] = {"bank": bank_name}
         row["knn"] = asdict(knn(*features, k=k, temperature=temperature))
-        if probe:
+        if probe != NONE:
             row["linear"] = asdict(linear_probe(*features, seed=cfg.seed))
+        if probe == PAPER:
+            theirs = paper_probe(host.encode, sets.normalize, bank, sets.query, seed=cfg.seed)
+            row["linear_paper"] = asdict(theirs)
         if finetune is not None:
             tuned = fine_tune(host.encoder(), sets.normalize, bank, sets.query, finetune, cfg.seed)
             row["finetune"] = asdict(tuned)

@@ -22,6 +22,9 @@ from cp_plugin.evaluation.knn_search import INDICES, QUERY_BATCH, search
 SMALL_BANK = 5_000
 PROBE_BATCH = 512
 PROBE_MOMENTUM = 0.9
+COSINE, PAPER, NONE = "cosine", "paper", "none"
+PROBES = (COSINE, PAPER, NONE)
+"""Linear probes by name: ours, the authors' beside it, none."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class LinearResult:
     """Passes over the training features."""
     lr: float
     """Learning rate at the start."""
+    protocol: str = COSINE
+    """`cosine`: `linear_probe`; `paper`: `cp_plugin.evaluation.paper_probe`."""
 
 
 def features(
@@ -183,10 +188,11 @@ def linear_probe(
 ) -> LinearResult:
     """Fit a linear classifier to frozen features and test it after every epoch.
 
-    The protocol of He, Zha and Katabi (ICLR 2023): SGD with momentum 0.9, batches of 512, cosine
-    schedule to 0, no weight decay. Features are standardised with the training set's mean and
-    deviation and divided by the square root of D, so that a row has length 1 on average and one
-    learning rate serves every encoder. Negative labels are left out.
+    The protocol `cosine`: SGD with momentum 0.9, batches of 512, cosine schedule to 0, no weight
+    decay, images as they are. Features are standardised with the training set's mean and deviation
+    and divided by the square root of D, so that a row has length 1 on average and one learning rate
+    serves every encoder. The figure is that of the last epoch. Negative labels are left out. He,
+    Zha and Katabi (ICLR 2023) do otherwise: see `cp_plugin.evaluation.paper_probe`.
 
     Args:
         train_ND, test_MD: float (N, D) and (M, D) features.

@@ -98,6 +98,7 @@ def _how(rows: Sequence[Row]) -> str:
         "temperature": "T",
         "distance": "distance",
         "bank_size": "images in the bank",
+        "probe": "protocol of the linear probe",
         "probe_epochs": "epochs of the linear probe",
         "probe_lr": "its learning rate",
     }

@@ -158,7 +158,10 @@ def _surrogate(state: Mapping[str, Any]) -> str | None:
 def _settings_of(bank: Mapping[str, Any]) -> dict[str, Any]:
     near, linear = bank["knn"], bank.get("linear")
     facts = {key: near[key] for key in ("k", "temperature", "distance", "bank_size")}
-    return facts | ({"probe_epochs": linear["epochs"], "probe_lr": linear["lr"]} if linear else {})
+    if linear:
+        facts |= {"probe_epochs": linear["epochs"], "probe_lr": linear["lr"]}
+        facts["probe"] = linear.get("protocol", "cosine")  # the only one of earlier versions
+    return facts
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
