@@ -165,16 +165,15 @@ class PoisonLoop:
 
     def poison(self) -> Poison:
         """Return the poison as it stands."""
-        self._crafting.complete_keys()
-        return self._crafting.poison()
+        return self._crafting.poison(whole=True)
 
     def save(self, path: str | Path = "poison.safetensors") -> Path:
         """Write the poison file; a relative path starts at the setting `dir`.
 
         Raises:
-            UserError: the file exists.
+            UserError: the file exists, or the perturbation has not moved.
         """
-        return self.poison().save(self._folder / path)
+        return self._crafting.finish().save(self._folder / path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later, beside the states of model and optimizer."""
@@ -190,13 +189,16 @@ class PoisonLoop:
         Raises:
             UserError: it is the state of another data set or of other settings.
         """
-        mine, theirs = self._crafting.tensors(), state["tensors"]
+        mine, theirs = self._crafting.tensors(), dict(state["tensors"])
+        # States of earlier versions do not tell which rows have moved.
+        theirs.setdefault("moved", torch.ones_like(mine["moved"]))
         if mine.keys() != theirs.keys() or mine["delta"].shape != theirs["delta"].shape:
             raise UserError(
                 f"the state holds delta of shape {tuple(theirs['delta'].shape)}, this loop needs "
                 f"{tuple(mine['delta'].shape)}; use the same data set and settings."
             )
         mine["delta"].copy_(theirs["delta"])
+        mine["moved"].copy_(theirs["moved"])
         if "keys" in theirs:
             self._crafting.attack.rows.restore(theirs["keys"].clone())
         self._crafting.schedule.steps_done = int(state["steps_done"])

@@ -48,6 +48,8 @@ class RequestingAttack(Attack):
             with self._gradients:
                 yield LossRequest(views, batch, on_loss)
             restore()
+            if losses:
+                self._check_finite(losses[-1], *at, pgd_step)
             self.perturbation.descend(rows_U, gradient, self.config.step_size * self.config.eps)
 
 

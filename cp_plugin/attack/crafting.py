@@ -75,6 +75,8 @@ class Crafting:
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         self._chosen: Tensor | None = None
         self._images: int | None = None
+        self._parts_before: list[dict[str, Any]] = []
+        """Method, model and noise steps of each surrogate that the start has been through."""
         perturbation, rows = self._rows(resumed)
         if perturbation.stored.nbytes <= DEVICE_BYTES:
             perturbation.move(host.device)
@@ -125,31 +127,120 @@ class Crafting:
             passes / (len(self.raw) * self.mirror.views),
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return delta and the keys of its rows, to go on from later."""
-        rows = self.attack.rows
-        keys = {} if rows.keys is None else {"keys": rows.keys}
-        return {"delta": self.attack.perturbation.stored, **keys}
+    def check_steps(self, steps: float) -> None:
+        """Check, before training starts, that it lasts until delta moves.
 
-    def complete_keys(self) -> None:
-        """Find the keys of rows that no batch has brought; a duplicate's row stays without."""
+        Args:
+            steps: optimiser steps that the training will have.
+
+        Raises:
+            UserError: it ends before the first noise phase.
+        """
+        if self.schedule.noise_steps and steps < self.schedule.model_steps:
+            raise UserError(
+                f"training would end after {steps:.0f} optimiser steps, and the first noise phase "
+                f"comes after {self.schedule.model_steps}, so the perturbation would stay the "
+                "noise that it starts from; train longer (max_epochs, max_steps, "
+                "limit_train_batches) or set poison.model_steps to fewer."
+            )
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Check the loss of a model step.
+
+        Raises:
+            UserError: it is not finite, from where on nothing is learnt from it.
+        """
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise UserError(
+                f"the loss of {self.host.method} at model step {self.schedule.steps_done + 1} is "
+                f"{float(loss.detach().float().mean())}, so the surrogate has diverged and no "
+                "poison is written; lower its learning rate or train it in a higher precision."
+            )
+
+    def finish(self) -> Poison:
+        """Return the poison to be written; log how many rows it lacks or left as they started.
+
+        Images that no batch has brought have no row in it, and its fraction says so.
+
+        Raises:
+            UserError: there was no noise phase, or no gradient has moved any row.
+        """
+        done, moved = self.schedule.noise_steps_done, self.attack.perturbation.moved
+        if done == 0:
+            raise UserError(
+                f"training ended after {self.schedule.steps_done} model steps, before the first "
+                f"noise phase after {self.schedule.model_steps}, so the perturbation is the noise "
+                "that it started from and no poison is written; train longer, or set "
+                "poison.model_steps to fewer."
+            )
+        if not bool(moved.any()):
+            raise UserError(
+                f"no row of the perturbation has moved in {done} noise steps, since every gradient "
+                f"was zero or not a number, so no poison is written; check the loss of "
+                f"{self.host.method} in eval mode, such as a square root at zero."
+            )
+        missing = self._count_missing()
+        if missing:
+            log.warning(
+                "%d images were in no batch, as the last ones are with drop_last and no shuffling; "
+                "they stay clean, and the poison's fraction says so",
+                missing,
+            )
+        poison = self.poison()
+        left = json.loads(poison.info["schedule"])["rows_not_moved"]
+        if left:
+            log.warning(
+                "%d of %d rows were in no noise phase and are as they started; more rounds or "
+                "longer noise phases (poison.noise_steps) reach them",
+                left,
+                len(poison.perturbation),
+            )
+        return poison
+
+    def _count_missing(self) -> int:
+        """Count the different images that are to be poisoned and that no batch has brought."""
         rows = self.attack.rows
         if rows.keys is None:
-            return
-        for image, row in enumerate(rows.of_image.tolist()):
-            if row >= 0 and rows.keys[row] == 0:
-                rows.claim(self.raw[image].key, row)
+            return 0
+        brought, all_ = int((rows.keys != 0).sum()), int((self._all_keys(rows.keys) != 0).sum())
+        if brought < all_ and self._images is None:
+            self._images = all_
+        return all_ - brought
 
-    def poison(self) -> Poison:
-        """Return the perturbation as it stands; images not seen yet have no row in it."""
+    def _all_keys(self, keys_K: Tensor) -> Tensor:
+        """Return the keys of all rows; a row stays without where an identical image has one."""
+        keys_K, of_image = keys_K.clone(), self.attack.rows.of_image
+        seen = set(keys_K.tolist())
+        left = (of_image >= 0) & (keys_K[of_image] == 0)
+        for image in left.nonzero().flatten().tolist():
+            key = self.raw[image].key
+            if key not in seen:
+                seen.add(key)
+                keys_K[of_image[image]] = key
+        return keys_K
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return delta, which rows of it have moved and their keys, to go on from later."""
+        rows, perturbation = self.attack.rows, self.attack.perturbation
+        keys = {} if rows.keys is None else {"keys": rows.keys}
+        return {"delta": perturbation.stored, "moved": perturbation.moved, **keys}
+
+    def poison(self, whole: bool = False) -> Poison:
+        """Return the perturbation as it stands.
+
+        Args:
+            whole: with the rows of images that no batch has brought yet.
+        """
         rows, stored, keys = self.attack.rows, self.attack.perturbation.stored.cpu(), None
+        moved = self.attack.perturbation.moved.cpu()
         if rows.keys is not None:
-            seen = rows.keys != 0
-            stored, keys = stored[seen], rows.keys[seen]
+            keys = self._all_keys(rows.keys) if whole else rows.keys
+            seen = keys != 0
+            stored, keys, moved = stored[seen], keys[seen], moved[seen]
         classes = names_or_numbers(self.raw.dataset)
         by_class = self.config.granularity == "class"
         chosen = self._chosen_keys() if by_class and self.config.fraction < 1 else None
-        info, carry = self._info(), chosen if by_class else keys
+        info, carry = self._info(int((~moved).sum())), chosen if by_class else keys
         if self._images and carry is not None:
             info |= {"fraction": repr(len(carry) / self._images), "images": str(self._images)}
         return Poison(
@@ -203,10 +294,16 @@ class Crafting:
                         "with, or start anew."
                     )
                 rows.restore(saved)
-            return Perturbation(resumed["tensors"]["delta"], config.eps), rows
+            perturbation = Perturbation(resumed["tensors"]["delta"], config.eps)
+            # Snapshots of earlier versions do not tell; their rows count as moved.
+            moved = resumed["tensors"].get("moved", torch.ones_like(perturbation.moved))
+            perturbation.moved = moved
+            return perturbation, rows
         perturbation = self._start(count, generator)
         if config.init not in (RANDOM, ZERO):
-            self._start_from(Poison.load(config.init), perturbation, rows)
+            start = Poison.load(config.init)
+            self._parts_before = parts_of(start)
+            self._start_from(start, perturbation, rows)
         return perturbation, rows
 
     def _start(self, count: int, generator: torch.Generator) -> Perturbation:
@@ -252,7 +349,7 @@ class Crafting:
             self._steps_done,
         )
 
-    def _info(self) -> dict[str, str]:
+    def _info(self, rows_not_moved: int) -> dict[str, str]:
         schedule = {
             "rounds": self.schedule.rounds,
             "joint": self.config.joint,
@@ -263,6 +360,13 @@ class Crafting:
             "dual_branch": self.config.uses_dual_branch,
             "momentum_during_noise": "running" if self.config.runs_momentum else "frozen",
             "surrogate_steps_done": self.schedule.steps_done,
+            "noise_steps_done": self.schedule.noise_steps_done,
+            "rows_not_moved": rows_not_moved,
+        }
+        part = {
+            "method": self.host.method,
+            "model_steps": self.schedule.steps_done,
+            "noise_steps": self.schedule.noise_steps_done,
         }
         return {
             "poison": self.kind,
@@ -271,10 +375,25 @@ class Crafting:
             "backbone": _backbone(self.host),
             "augmentations": repr(self.mirror),
             "schedule": json.dumps(schedule),
+            "parts": json.dumps([*self._parts_before, part]),
             "fraction": str(self.config.fraction),
             "seed": str(self.seed),
             "versions": json.dumps(versions()),
         }
+
+
+def parts_of(poison: Poison) -> list[dict[str, Any]]:
+    """Return method, model steps and noise steps of each surrogate that a poison has been through.
+
+    Earlier versions wrote the last surrogate's model steps alone; what is not known is None.
+    """
+    if "parts" in poison.info:
+        parts: list[dict[str, Any]] = json.loads(poison.info["parts"])
+        return parts
+    if "schedule" not in poison.info:
+        return []
+    steps = json.loads(poison.info["schedule"]).get("surrogate_steps_done")
+    return [{"method": poison.info.get("method"), "model_steps": steps, "noise_steps": None}]
 
 
 def _pass_over_shuffles(labels: Tensor | None, count: int, generator: torch.Generator) -> None:

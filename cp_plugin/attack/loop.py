@@ -48,6 +48,13 @@ class Schedule:
         """True once the last model phase is over."""
         return self.steps_done >= self.total_steps
 
+    @property
+    def noise_steps_done(self) -> int:
+        """Sign-gradient steps so far, each on a batch; of a joint schedule, its model steps."""
+        if self.noise_steps == 0:
+            return self.steps_done
+        return self.steps_done // self.model_steps * self.noise_steps * self.pgd_steps
+
     def model_step(self) -> bool:
         """Count an optimiser step; return True when a noise phase is due."""
         self.steps_done += 1
@@ -221,9 +228,24 @@ class Attack:
                 self._checked = check_momentum_gradients(self._gradients, loss, delta)
             (gradient,) = torch.autograd.grad(self.scaled(loss), delta)
             restore()
+            self._check_finite(loss.detach(), *at, pgd_step)
             self._descend(rows_U, gradient)
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
+
+    def _check_finite(self, loss: Tensor, model_steps: int, number: int, pgd_step: int) -> None:
+        """Check the loss of a noise step: one that is not finite has no direction.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        if not bool(torch.isfinite(loss).all()):
+            raise UserError(
+                f"the loss of {self.host.method} in the noise phase after model step "
+                f"{model_steps}, batch {number + 1}, step {pgd_step + 1}, is "
+                f"{float(loss.float().mean())}, so the surrogate has diverged and no poison is "
+                "written; lower its learning rate or train it in a higher precision."
+            )
 
     def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the rows of all processes' images, once each, and where each own image's is.

@@ -64,6 +64,8 @@ class Perturbation:
         """
         self.eps = check_eps(eps)
         self.stored = stored
+        self.moved = torch.zeros(len(stored), dtype=torch.bool, device=stored.device)
+        """Rows that any gradient has moved, bool (K)."""
         for part in torch.split(stored, 4096):
             worst = decode(part, eps).abs().max().item() if part.numel() else 0.0
             if not worst <= eps * (1 + 1e-6):
@@ -128,7 +130,7 @@ class Perturbation:
 
     def move(self, device: torch.device) -> None:
         """Keep the rows on a device from now on, such as that of the model they are made with."""
-        self.stored = self.stored.to(device)
+        self.stored, self.moved = self.stored.to(device), self.moved.to(device)
 
     def gather(self, rows_U: Tensor, device: torch.device | None = None) -> Tensor:
         """Return the rows as a new float32 tensor (U, C, H, W).
@@ -162,6 +164,10 @@ class Perturbation:
         """
         direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
         self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))
+        home, own = self.moved.device, _moved((rows_U >= 0).nonzero().flatten(), direction.device)
+        self.moved[_moved(rows_U[rows_U >= 0], home)] |= _moved(
+            direction.flatten(1).any(1)[own], home
+        )
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

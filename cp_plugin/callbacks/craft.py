@@ -105,6 +105,7 @@ class CraftPoison(Callback):
         self.plan(trainer, loader)
         batch_size = (loader.batch_size or 0) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
+        self._check_length(trainer)
         self._momentum_known = False
         self._steps_seen = trainer.global_step
         self._hooks = LoaderHooks(trainer, pl_module, raw, self._views_of(trainer))
@@ -122,7 +123,12 @@ class CraftPoison(Callback):
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""
-        self.crafting.plan(len(loader), trainer.accumulate_grad_batches)
+        batches = int(min(len(loader), trainer.num_training_batches))  # less than all, if so told
+        self.crafting.plan(batches, trainer.accumulate_grad_batches)
+
+    def _check_length(self, trainer: Any) -> None:
+        """Check that training lasts until a noise phase."""
+        self.crafting.check_steps(trainer.estimated_stepping_batches)
 
     @property
     def folder(self) -> Path:
@@ -147,7 +153,14 @@ class CraftPoison(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count optimiser steps; when a model phase is over, run the noise phase."""
+        """Count optimiser steps; when a model phase is over, run the noise phase.
+
+        Raises:
+            UserError: the loss of the step is not finite.
+        """
+        found = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(found, Tensor):
+            self.crafting.check_loss(found)
         if trainer.global_step == self._steps_seen:  # gradients are still being accumulated
             return
         self._steps_seen = trainer.global_step
@@ -164,8 +177,7 @@ class CraftPoison(Callback):
         self._hooks.stop()
         # A run that is resumed after its poison was written keeps what it wrote.
         if trainer.is_global_zero and not self.path.exists():
-            self.crafting.complete_keys()
-            self.poison().save(self.path)
+            self.crafting.finish().save(self.path)
             log.info("poison written to %s", self.path)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

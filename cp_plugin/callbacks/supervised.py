@@ -119,10 +119,20 @@ class CraftTap(CraftErrorMin):
         self._misled = False
         self.crafting.schedule = Schedule(1, steps, batches, self._chosen.pgd_steps, done)
 
+    def _check_length(self, trainer: Any) -> None:
+        """Nothing to check: the noise phase comes whenever training ends."""
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count optimiser steps."""
+        """Count optimiser steps.
+
+        Raises:
+            UserError: the loss of the step is not finite.
+        """
+        found = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(found, Tensor):
+            self.crafting.check_loss(found)
         self.schedule.steps_done = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -141,6 +151,8 @@ class CraftTap(CraftErrorMin):
         losses = list(self.attack.noise_phase(self._every_image(trainer, pl_module), 0))
         log.info("tap: mean loss of the misled surrogate %.4f", _mean(losses))
         self._misled = True
+        # Where training was stopped early, the one model phase was so much shorter.
+        self.schedule.model_steps = max(1, self.schedule.steps_done)
 
     def _every_image(self, trainer: Any, pl_module: Any) -> Any:
         """Yield raw batches that hold each image once; the loader's own may drop the last ones."""

@@ -124,7 +124,7 @@ def test_starting_from_a_class_poison(data, tmp_path):
     craft = CraftPoison(
         rounds=1,
         model_steps=1,
-        noise_steps=1,
+        noise_steps=4,
         step_size=0.01,
         init=str(tmp_path / "start.safetensors"),
     )
@@ -140,7 +140,7 @@ def test_starting_from_a_class_poison(data, tmp_path):
 
 
 def test_a_part_of_each_class_is_poisoned(data, tmp_path):
-    craft = CraftPoison(rounds=1, model_steps=1, noise_steps=1, fraction=0.5)
+    craft = CraftPoison(rounds=1, model_steps=1, noise_steps=4, fraction=0.5)
     trainer(lightning.pytorch, tmp_path, craft).fit(simclr(lightning.pytorch), loader(data))
     poison = Poison.load(tmp_path / "poison.safetensors")
     raw = RawDataset(data, 32)
