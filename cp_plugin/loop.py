@@ -106,6 +106,11 @@ class PoisonLoop:
             )
         self._check_modules((model, *others))
         config = build(CraftConfig, settings)
+        if config.restarts:
+            raise UserError(
+                "PoisonLoop does not know how the body makes its optimizer, so it cannot begin a "
+                "surrogate anew: leave restarts out, and hand the poison on by init=FILE."
+            )
         method = type(model).__name__
         pipeline = RawDataset(dataloader.dataset, None).transform
         check_pipeline(method, pipeline)

@@ -342,7 +342,7 @@ class Crafting:
         an_epoch = max(1, -(-batches // accumulated))
         noise_steps = batches if config.noise_steps == EPOCH else config.noise_steps
         return Schedule(
-            config.rounds,
+            config.rounds * (config.restarts + 1),
             an_epoch if config.model_steps == EPOCH else config.model_steps,
             0 if config.joint else noise_steps,
             config.pgd_steps,
@@ -352,6 +352,7 @@ class Crafting:
     def _info(self, rows_not_moved: int) -> dict[str, str]:
         schedule = {
             "rounds": self.schedule.rounds,
+            "surrogates": self.config.restarts + 1,
             "joint": self.config.joint,
             "model_steps": self.schedule.model_steps,
             "noise_steps": self.schedule.noise_steps,

@@ -17,6 +17,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
+from cp_plugin.callbacks.restart import Restarts
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, given
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
@@ -65,7 +66,7 @@ class CraftPoison(Callback):
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """End training, and with it the learning-rate schedule, after the last round."""
+        """End training, and with it the learning-rate schedule, after a surrogate's last round."""
         if stage != "fit":
             return
         put_in_order(trainer)
@@ -103,6 +104,10 @@ class CraftPoison(Callback):
         if scaler is not None:
             self.attack.scaled = scaler.scale
         self.plan(trainer, loader)
+        self._restarts = None
+        if self.config.restarts:
+            initial = (self._resumed or {}).get("initial")
+            self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
         batch_size = (loader.batch_size or 0) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
         self._check_length(trainer)
@@ -171,6 +176,8 @@ class CraftPoison(Callback):
         if self.schedule.model_step():
             noise_loss = self._noise_phase(trainer, pl_module)
             pl_module.log("cp_noise_loss", noise_loss, prog_bar=True, batch_size=1)
+        if self._restarts is not None:
+            self._restarts.after_step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison."""
@@ -201,6 +208,8 @@ class CraftPoison(Callback):
             "steps_done": self.schedule.steps_done,
             "snapshot": snapshot.save(self.folder, trainer.global_step, self.crafting.tensors()),
         }
+        if self._restarts is not None:
+            checkpoint["cp_plugin"]["initial"] = self._restarts.initial
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Take up where the checkpoint was saved.

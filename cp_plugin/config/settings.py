@@ -45,6 +45,10 @@ class AlternationConfig:
     """`sample`: one delta an image; `class`: one delta a class (needs labels)."""
     rounds: int = 200
     """Alternations of model and noise phase; the host's epochs may end them sooner."""
+    restarts: int = 0
+    """How often the perturbation is handed on to a new surrogate, which has the first one's initial
+    weights, an optimizer of its own and `rounds` rounds of its own. The host's epochs hold for each
+    surrogate."""
     model_steps: Steps = EPOCH
     """M: optimiser steps of the surrogate a round, or `epoch`."""
     noise_steps: Steps = EPOCH
@@ -81,6 +85,8 @@ class AlternationConfig:
         for name in ("model_steps", "noise_steps"):
             if getattr(self, name) != EPOCH:
                 at_least_one(name, getattr(self, name), " or `epoch`")
+        if not isinstance(self.restarts, int) or self.restarts < 0:
+            raise UserError(f"poison.restarts must be 0 or more, got {self.restarts!r}.")
         check_step_size(self.step_size)
         check_fraction(self.fraction)
         check_image_size(self.image_size)

@@ -77,15 +77,18 @@ class MomentumMethod(Method):
     backbone_momentum: nn.Module
     projection_head: nn.Module
     projection_head_momentum: nn.Module
+    schedule_steps: int | None = None
+    """Optimiser steps after which the rise of tau begins anew; None: never."""
     _updates = 0
     """Optimiser steps whose result the momentum branch has seen."""
 
     def tau(self, step: int) -> float:
         """Return the part of the momentum branch that stays after optimiser step `step`."""
-        settings, steps = self.cfg.momentum, self.trainer.estimated_stepping_batches
+        settings = self.cfg.momentum
+        steps = self.schedule_steps or int(self.trainer.estimated_stepping_batches)
         # One more than there are steps, so that the cosine is divided by their number.
         tau: float = cosine_schedule(
-            step - 1, int(steps) + 1, settings.base_tau, settings.final_tau
+            (step - 1) % steps, steps + 1, settings.base_tau, settings.final_tau
         )
         return tau
 

@@ -1,7 +1,8 @@
 """Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT]`.
 
-DIR is from `cp-plugin study`, COMMIT is what it ran at, if not the one here. The figures go to
-`results/<name of the study>_<hardware>_<date>.json`.
+DIR is from `cp-plugin study`, which may still be at work in it; COMMIT is what it ran at, if not
+the one here. The figures of finished cells go to
+`results/<name of the study>_<hardware>_<date>.json`, small crafted poisons to files beside it.
 """
 
 from __future__ import annotations
@@ -9,44 +10,72 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
+from cp_plugin.apps.study.state import PLAN_FILE
 from cp_plugin.attack.loop import Schedule
+from cp_plugin.attack.perturbation import Perturbation, encode
 from cp_plugin.attack.poison_file import Poison
-from tests.bench.provenance import portable, provenance, write
+from cp_plugin.util.run_files import POISON_FILE
+from tests.bench.provenance import provenance, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
 KEPT = (
-    *("poison", "surrogate", "victim", "backbone", "defence", "seed"),
+    *("poison", "surrogate", "victim", "backbone", "surrogate_backbone", "defence", "seed"),
     *("banks", "control", "control_curve"),
 )
 FACTS = ("steps", "epochs", "surrogate_steps", "seconds", "train_loss", "knn", "eps", "granularity")
+
+LARGEST_POISON = 100_000
+"""Bytes of a poison that is kept."""
 
 Cell = dict[str, Any]
 
 
 def main(folder: Path, ran_at: str | None = None) -> None:
-    """Write settings, figures and curves of all cells into one result file."""
-    result = json.loads((folder / "result.json").read_text())
-    cells = {cell["name"]: cell for cell in result["cells"] if cell.get("status") == "finished"}
+    """Write settings, figures and curves of all finished cells into one result file."""
+    planned = json.loads((folder / PLAN_FILE).read_text())
+    files = sorted((folder / "cells").glob("*.json"))
+    states = {file.stem: json.loads(file.read_text()) for file in files}
+    cells = {name: cell for name, cell in states.items() if cell["status"] == "finished"}
+    names = dict.fromkeys([*states, *(cell["name"] for cell in planned["cells"])])
+    left = {name: states.get(name, {}).get("status", "not begun") for name in names}
+    name = planned["settings"]["name"]
     versions = provenance(PACKAGES)
     on_gpu = "threads" not in versions["hardware"]
     kept = {
         "provenance": versions
-        | {"command": portable(result["command"]), "commit": ran_at or versions["commit"]},
-        "name": result["name"],
-        "settings": result["settings"],
-        "unfinished": result["unfinished"],
-        "seconds": round(sum(cell.get("seconds_in_all", 0) for cell in result["cells"])),
+        | {"command": f"cp-plugin study {name}", "commit": ran_at or versions["commit"]},
+        "name": name,
+        "settings": planned["settings"],
+        "unfinished": {name: status for name, status in left.items() if name not in cells},
+        "seconds": round(sum(cell.get("seconds_in_all", 0) for cell in cells.values())),
         "rows": [
             _row(folder, cells, cell, on_gpu) for cell in cells.values() if cell["kind"] != "craft"
         ],
         "cells": [_cell(cell) for cell in cells.values()],
     }
-    print(write(result["name"], kept))
+    path = write(name, kept)
+    print(path)
+    for cell in cells.values():
+        if cell["kind"] == "craft":
+            _keep_poison(Poison.load(folder / cell["folder"] / POISON_FILE), path, cell["name"])
+
+
+def _keep_poison(poison: Poison, result: Path, name: str) -> None:
+    """Write a small poison, its rows in float16, beside the result file."""
+    if poison.perturbation.stored.numel() * 2 > LARGEST_POISON:
+        return
+    file = result.with_name(f"{result.stem}_{name}.safetensors")
+    file.unlink(missing_ok=True)
+    deltas = poison.perturbation.gather(torch.arange(len(poison.perturbation)))
+    rows = Perturbation(encode(deltas, poison.eps, torch.float16), poison.eps)
+    print(replace(poison, perturbation=rows).save(file))
 
 
 def _cell(cell: Cell) -> Cell:
@@ -63,6 +92,9 @@ def _row(folder: Path, cells: dict[str, Cell], cell: Cell, on_gpu: bool) -> Cell
     seconds = crafted + result["seconds"]
     return {
         **{key: cell[key] for key in ("poison", "surrogate", "victim", "defence", "seed")},
+        "backbone": cell["backbone"],
+        "surrogate_backbone": cell.get("surrogate_backbone"),
+        "own_classifier": banks["clean"].get("classifier"),
         "granularity": result["granularity"],
         "eps": result["eps"],
         **{

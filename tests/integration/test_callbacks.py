@@ -281,6 +281,56 @@ def test_a_resumed_craft_goes_on_where_it_was(data, tmp_path):
     assert "delta" not in str(checkpoint["state_dict"].keys())
 
 
+def test_a_poison_is_handed_on_to_surrogates_that_begin_anew(data, tmp_path):
+    weights, optimizers, rates = [], [], []
+
+    class Watch(lightning.pytorch.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
+            optimizers.append(trainer.optimizers[0])
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    class Scheduled(type(simclr(lightning.pytorch))):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            steps = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
+
+    def fit(module):
+        craft = CraftPoison(
+            granularity="class", rounds=2, model_steps=3, noise_steps=1, restarts=2, dir=tmp_path
+        )
+        fitting = trainer(lightning.pytorch, tmp_path, craft, Watch(), max_epochs=9)
+        fitting.fit(module, loader(data))
+        return fitting
+
+    module = simclr(lightning.pytorch)
+    module.__class__ = Scheduled
+    fitting = fit(module)
+    assert fitting.global_step == len(weights) == 18
+    for start in (6, 12):
+        assert torch.equal(weights[start], weights[0])
+        assert not torch.equal(weights[start - 1], weights[0])
+        assert rates[start : start + 6] == rates[:6]
+    assert len({id(one) for one in optimizers}) == 3
+    poison = Poison.load(tmp_path / "poison.safetensors")
+    schedule = json.loads(poison.info["schedule"])
+    assert (schedule["surrogates"], schedule["surrogate_steps_done"]) == (3, 18)
+
+    # A run that is resumed begins anew with the weights that the first run began with.
+    fitting.fit_loop.epoch_progress.reset()
+    saved = tmp_path / "last.ckpt"
+    fitting.save_checkpoint(saved)
+    kept = torch.load(saved, weights_only=True)["cp_plugin"]["initial"]
+    assert torch.equal(
+        torch.cat([kept[name].flatten() for name, _ in module.named_parameters()]), weights[0]
+    )
+
+
 def test_a_resumed_run_has_the_whole_curve(data, tmp_path):
     def fit(epochs, **kwargs):
         monitor = KNNMonitor(query=Photos(train=False, patches=2), every_n_epochs=1)
