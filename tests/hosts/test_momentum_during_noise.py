@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
+from cp_plugin import PoisonLoop
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.loop import Attack, Rows
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import CraftConfig, UserError
+from cp_plugin.data import Photos
 from cp_plugin.data.batch import Batch
 from cp_plugin.engine import build_method
 from cp_plugin.engine.run import check
@@ -170,3 +173,43 @@ def test_a_branch_that_nothing_moves_is_refused() -> None:
 def test_unknown_values_are_refused() -> None:
     with pytest.raises(UserError, match="momentum_during_noise must be one of frozen, running"):
         CraftConfig(momentum_during_noise="off")  # type: ignore[arg-type]
+
+
+def test_a_loop_of_ones_own_lets_them_run_too() -> None:
+    """EMA and queue of a plain loop are in its body: what a noise step does to them stays."""
+    found = {}
+    for setting in ("frozen", "running"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 8))
+        model = nn.ModuleDict({"online": network, "online_momentum": copy.deepcopy(network)})
+        model["online_momentum"].requires_grad_(False)
+        model.register_buffer("queue", torch.randn(64, 8))
+        data = DataLoader(
+            Photos(train=True, patches=2, transform=MultiViewTransform([VIEW, VIEW])), BATCH
+        )
+        optimizer = torch.optim.SGD(model["online"].parameters(), lr=0.1)
+        loop = PoisonLoop(data, model, rounds=1, model_steps=1, noise_steps=1, pgd_steps=1,
+                          momentum_during_noise=setting)  # fmt: skip
+        for step, batch in enumerate(loop):
+            x0, x1 = batch[0]
+            with torch.no_grad():
+                for one, other in zip(*(part.parameters() for part in model.values()), strict=True):
+                    other.mul_(0.9).add_(one, alpha=0.1)
+                key = model["online_momentum"](x1)
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            logits = model["online"](x0) @ torch.cat([key, model.queue.clone()]).T
+            loss = nn.functional.cross_entropy(logits, torch.arange(len(x0)))
+            with torch.no_grad():
+                model.queue[:BATCH] = key.detach()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert step < 50
+        found[setting] = (
+            before,
+            {name: value.clone() for name, value in model.state_dict().items()},
+        )
+    assert torch.equal(
+        found["frozen"][0]["online.1.weight"], found["running"][0]["online.1.weight"]
+    )
+    assert not torch.equal(found["frozen"][1]["queue"], found["running"][1]["queue"])

@@ -35,7 +35,7 @@ def test_evaluate_finds_what_the_monitor_found(
     with only(folder, "knn.csv").open() as file:
         monitored = list(csv.DictReader(file))[-1]
     for checkpoint in (folder, only(folder, "*.ckpt")):
-        clean, poisoned = evaluate(checkpoint, k=3, probe=False)
+        clean, poisoned = evaluate(checkpoint, k=3, probe="none")
         assert clean["knn"]["accuracy"] == pytest.approx(float(monitored["knn_clean_bank"]))
         assert poisoned["knn"]["accuracy"] == pytest.approx(float(monitored["knn_poisoned_bank"]))
         assert clean["knn"]["bank_size"] == 12

@@ -16,12 +16,13 @@ import timm
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.data import DataLoader, Dataset
 
 from cp_plugin.apps.hydra_app import compose
+from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.engine import build_method, build_pipeline, normalisation
 from cp_plugin.engine.optimisation import build_optimizer, build_scheduler
@@ -274,6 +275,30 @@ def test_network_and_views_are_theirs(method: str) -> None:
     assert normalisation("stl10", node) == normalisation("stl10", {})
     (last,) = [step for step in pipeline.transforms[0].transforms if hasattr(step, "std")]
     assert tuple(last.std) == (0.2023, 0.1994, 0.2010)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("rrc.interpolation", "cubic", "interpolation must be one of nearest, .* got 'cubic'"),
+        (
+            "statistics",
+            {"svhn": {"mean": [0.5]}},
+            "svhn must hold mean and std, got .*; give",
+        ),
+        ("statistic", {}, "augmentations.statistic is not known"),
+    ],
+)
+def test_views_that_cannot_be_made_are_refused(key: str, value: Any, text: str) -> None:
+    cfg = settings("simclr", *VICTIM)
+    OmegaConf.update(cfg.augmentations[0], key, value, force_add=True)
+    with pytest.raises(UserError, match=text):
+        build_pipeline(cfg)
+
+
+def test_a_surrogates_warm_up_is_checked() -> None:
+    with pytest.raises(UserError, match="must be a number of epochs, got -1; give 0 or more"):
+        settings("simclr", *SURROGATE, "scheduler.surrogate_warmup_epochs=-1")
 
 
 def count(module: nn.Module) -> int:
