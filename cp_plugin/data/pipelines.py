@@ -1,8 +1,23 @@
-"""Pipelines of the hosts that make several views of an image."""
+"""Pipelines of the hosts, and which views of an image they make.
+
+Of the hosts' own classes that is known by name. A user's class that holds such pipelines and calls
+them on the image (`TwoCropsTransform` and the like) is looked at: a copy of it, with recorders in
+place of what it holds, is called on an image, and what comes back shows which pipeline makes which
+view.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
 
 
 def dotted_name(cls: type) -> str:
@@ -56,7 +71,21 @@ def view_pipelines(host: Any) -> list[object] | None:
         return [host.transform] * host.num_crops
     if _inherits_call(type(host), MULTI_VIEW):
         return list(host.transforms)
-    return None
+    calls = _calls_of(host)
+    return calls if isinstance(calls, list) else None
+
+
+def held_pipeline(host: Any) -> object | None:
+    """Return the one pipeline that a user's class calls on the image, if that is all it does."""
+    calls = _calls_of(host)
+    return None if calls is None or isinstance(calls, list) else calls
+
+
+def is_pipeline(value: Any) -> bool:
+    """Tell whether a value is a transform of a host's, or calls such transforms on an image."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_of_host, value))
+    return _is_of_host(value) or _calls_of(value) is not None
 
 
 def grid_sides(host: Any) -> list[int]:
@@ -72,3 +101,102 @@ def _inherits_call(cls: type, names: tuple[str, ...]) -> bool:
         if dotted_name(base) in names:
             return cls.__call__ is base.__call__
     return False
+
+
+LIBRARIES = ("torchvision.transforms.", LIGHTLY, SOLO)
+NOT_COPIED = (type, list, tuple, FunctionType, MethodType, functools.partial)
+LOOKS = 4
+"""How often a user's class is called: one that chooses by chance is not followed."""
+
+
+class _Call(NamedTuple):
+    """What a recorder returns in place of a view."""
+
+    pipeline: object
+    of_image: bool
+    """Whether the pipeline got the image itself."""
+
+
+class _Recorder:
+    """Stands where a pipeline was."""
+
+    def __init__(self, pipeline: object, image: Image.Image) -> None:
+        self._pipeline, self._image = pipeline, image
+
+    def __call__(self, image: Any) -> _Call:
+        return _Call(self._pipeline, image is self._image)
+
+
+def _is_of_host(value: Any) -> bool:
+    return f"{type(value).__module__}.".startswith(LIBRARIES) and callable(value)
+
+
+def _calls_of(host: Any) -> object | list[object] | None:
+    """Return the pipelines that a user's class calls on an image, a list if it returns one.
+
+    None where it does anything else, or holds no pipelines.
+    """
+    if isinstance(host, NOT_COPIED) or not hasattr(host, "__dict__"):
+        return None
+    if not callable(host) or _is_of_host(host):
+        return None
+    image = Image.new("RGB", (8, 8))
+    recording = _recording(host, image)
+    if recording is None:
+        return None
+    results = []
+    with _random_states_kept():
+        for _ in range(LOOKS):
+            try:
+                results.append(recording(image))
+            except Exception:  # a user's class may raise anything on what is no image
+                return None
+    found = [_pipelines_in(result) for result in results]
+    if any(one is None or one != found[0] for one in found):
+        return None
+    calls = found[0] or []
+    return calls if isinstance(results[0], list) or type(results[0]) is tuple else calls[0]
+
+
+def _recording(host: Any, image: Image.Image) -> Any:
+    """Return a copy of an object with recorders for the pipelines that it holds, if any."""
+    try:
+        other = object.__new__(type(host))
+    except TypeError:  # of a class that is made in a way of its own
+        return None
+    vars(other).update(vars(host))
+    held = 0
+    places = [vars(other)]
+    if isinstance(host, torch.nn.Module):  # keeps transforms that are modules in a table
+        vars(other)["_modules"] = dict(host._modules)
+        places.append(vars(other)["_modules"])
+    for place in places:
+        for name, value in list(place.items()):
+            if isinstance(value, (list, tuple)) and value and all(map(_is_of_host, value)):
+                place[name] = type(value)(_Recorder(item, image) for item in value)
+                held += len(value)
+            elif _is_of_host(value):
+                place[name] = _Recorder(value, image)
+                held += 1
+    return other if held else None
+
+
+def _pipelines_in(result: Any) -> list[object] | None:
+    """Return the pipelines of the views in a result, None where there is anything else in it."""
+    calls = [result] if isinstance(result, _Call) else result
+    if not isinstance(calls, (list, tuple)) or not calls:
+        return None
+    if not all(isinstance(call, _Call) and call.of_image for call in calls):
+        return None
+    return [call.pipeline for call in calls]
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -15,7 +15,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import slots as markers
 from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.image import Canonical, Size, image_key
+from cp_plugin.data.image import Canonical, Size, image_key, is_image
 from cp_plugin.data.pipelines import view_pipelines
 
 MOST_VIEWS = 16
@@ -54,7 +54,8 @@ class RawDataset(Dataset[Item]):
     are followed to the object that has the attribute `transform`.
 
     Attributes:
-        transform: the pipeline taken off, None if there was none.
+        transform: the pipeline taken off, None if there was none; a list of pipelines, one a
+            view, where the data set calls several, or one several times.
         places: how many elements of a sample are views, where the data set returns its views
             apart (`q, k, target`); 1 where they stand together.
     """
@@ -73,7 +74,7 @@ class RawDataset(Dataset[Item]):
         """
         wrappers.check_map_style(dataset)
         self.dataset = dataset
-        self.transform = wrappers.pipeline_of(dataset)
+        self.transform = wrappers.pipeline_of(dataset)  # refuses what has none
         self._canonical = Canonical(image_size)
         self._views: int | None = None
         self._probed = self._with_probe(None)
@@ -156,7 +157,7 @@ class RawDataset(Dataset[Item]):
 
     def _with_probe(self, views: int | None) -> Any:
         probe = Probe(self._canonical, views)
-        return wrappers.with_transform(self.dataset, lambda _: probe)
+        return wrappers.with_transform(self.dataset, probe.of)
 
     def _read(self, row: int) -> Any:
         if self._process != os.getpid() or self._probed is None:
@@ -169,14 +170,17 @@ class RawDataset(Dataset[Item]):
         for views in (None, *range(2, MOST_VIEWS + 1)):
             self._views, self._probed = views, self._with_probe(views)
             try:
-                places = len(markers.find(self._read(0)))
+                sample = self._read(0)
+                marks = markers.find(sample)
             except UserError:
                 raise
             except (TypeError, ValueError, AttributeError) as error:
                 reason = f" ({type(error).__name__}: {error})"
                 continue
-            if places:
-                return places
+            if marks:
+                self._check_other_images(sample)
+                self.transform = self._transform_of(marks)
+                return len(marks)
             reason = ""
         raise UserError(
             f"{self._name} does not return what its transform makes{reason}, so the place of the "
@@ -184,17 +188,79 @@ class RawDataset(Dataset[Item]):
             "result as it is."
         )
 
+    def _transform_of(self, marks: Sequence[markers.ViewMarker | markers.MarkerPart]) -> Any:
+        """Return what made the marked places: one transform, or one for each place.
+
+        Raises:
+            UserError: there are several, and one of them makes several views.
+        """
+        sources = [mark.source for mark in marks]
+        if len(marks) == 1 or isinstance(marks[0], markers.MarkerPart):
+            return sources[0]
+        if any(view_pipelines(source) is not None for source in sources):
+            raise UserError(
+                f"{self._name} calls {len(sources)} transforms for a sample, and one of them makes "
+                "several views by itself, so which view stands where is not known; keep one "
+                "transform that makes all of them in `self.transform`."
+            )
+        return sources
+
+    def _check_other_images(self, sample: Any) -> None:
+        """Check that a sample has no image beside those that the transform makes.
+
+        Raises:
+            UserError: it has.
+        """
+        others = images_in(sample)
+        if others:
+            raise UserError(
+                f"{self._name} returns {others} images a sample that the transforms in its "
+                "attributes do not make, so these would stay without a perturbation; let "
+                "`self.transform` make every image that __getitem__ returns."
+            )
+
+
+def images_in(sample: Any) -> int:
+    """Count the images with three channels in a sample."""
+    found: list[Any] = []
+
+    def note(value: Any) -> Any:
+        if is_image(value) and 3 in getattr(value, "shape", (3,)):
+            found.append(value)
+        return value
+
+    markers.rebuilt(sample, note)
+    return len(found)
+
 
 class Probe:
-    """Stands where the host's transform was; returns the image itself, marked."""
+    """Makes what stands where the host's transforms were; they return the image itself, marked."""
 
     def __init__(self, canonical: Canonical, views: int | None) -> None:
         self._canonical = canonical
         self._views = views
 
-    def __call__(self, image: Any) -> markers.ViewMarker:
+    def of(self, transform: Any) -> ProbeOf:
+        """Return what stands in the place of a transform."""
+        return ProbeOf(self._canonical, self._views, transform)
+
+
+class ProbeOf:
+    """Stands in the place of one transform."""
+
+    def __init__(self, canonical: Canonical, views: int | None, transform: Any) -> None:
+        self._canonical, self._views, self._transform = canonical, views, transform
+
+    def __call__(self, image: Any = None, /, **named: Any) -> markers.ViewMarker:
         """Return the mark of a canonical image."""
-        return markers.ViewMarker(self._canonical(image), self._views)
+        if named or isinstance(image, markers.ViewMarker):
+            how = f"with {next(iter(named))}=…" if named else "on what another one has made"
+            raise UserError(
+                f"the data set calls a transform {how}, and a transform is read only where it is "
+                "called on the image alone; keep one pipeline of torchvision, Lightly or "
+                "solo-learn in `self.transform` and return `self.transform(image)`."
+            )
+        return markers.ViewMarker(self._canonical(image), self._views, self._transform)
 
 
 def read(dataset: Any, row: int) -> Any:

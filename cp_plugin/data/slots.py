@@ -23,17 +23,19 @@ PLACES = 64
 class ViewMarker:
     """What the probe returns in place of the views; unpacks into `views` parts, if known."""
 
-    def __init__(self, image_CHW: Tensor, views: int | None = None) -> None:
+    def __init__(self, image_CHW: Tensor, views: int | None = None, source: Any = None) -> None:
         self.image = image_CHW
         self.views = views
+        self.source = source
+        """The transform in whose place the probe was called."""
 
     def __iter__(self) -> Iterator[MarkerPart]:
         if self.views is None:
             raise TypeError("the number of views is not known yet")
-        return (MarkerPart(self.image, number) for number in range(self.views))
+        return (MarkerPart(self.image, number, self.source) for number in range(self.views))
 
     def __getitem__(self, number: int) -> MarkerPart:
-        return MarkerPart(self.image, number)
+        return MarkerPart(self.image, number, self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class MarkerPart:
 
     image: Tensor
     number: int
+    source: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

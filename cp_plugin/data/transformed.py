@@ -8,17 +8,22 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import wrappers
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
-from cp_plugin.data.raw import RawDataset, read
+from cp_plugin.data.raw import RawDataset, images_in, read
 from cp_plugin.data.slots import rebuilt
 
+ROWS_READ_AGAIN, READ_AGAIN = 4, 8
+"""How often, and for how many rows, a data set without a transform is read to see whether it
+augments: one that flips half of its images is taken for one that does not once in 2^32 times."""
 Add = Callable[[Tensor, int, int], Tensor]
 """From a canonical image uint8 (3, H, W), its key and its label, the poisoned image."""
 
@@ -29,7 +34,7 @@ class PreTransformDataset(Dataset[Any]):
     """A map-style data set whose images are changed before its transform; nothing else is.
 
     The transform gets the type it had got before: PIL image, array or tensor. A data set without
-    a transform (`TensorDataset`) has the first image of each sample changed. All other
+    any transform (`TensorDataset`) has the one image of each sample changed. All other
     attributes (`classes`, `targets`, …) are those of the data set.
     """
 
@@ -51,9 +56,11 @@ class PreTransformDataset(Dataset[Any]):
                 changed once, now.
 
         Raises:
-            UserError: the data set streams, or is empty.
+            UserError: the data set streams, is empty, or augments images where no transform can be
+                taken off.
         """
         wrappers.check_map_style(dataset)
+        _check_images(dataset)
         self.dataset, self.add = dataset, add
         self._change = Change(add, Canonical(image_size))
         self._changed_arrays = add_many and change_once(dataset, Canonical(image_size), add_many)
@@ -129,6 +136,61 @@ class PreTransformDataset(Dataset[Any]):
                 "set of images."
             )
         return result
+
+
+def _check_images(dataset: Any) -> None:
+    """Check that a change before the transform reaches every image that a data set returns.
+
+    Raises:
+        UserError: it does not.
+    """
+    if isinstance(dataset, ConcatDataset):  # its parts may have transforms of their own
+        for part in dataset.datasets:
+            _check_images(part)
+    elif wrappers.transforms_of(dataset):
+        RawDataset(dataset, None)
+    else:
+        _check_finished(dataset)
+
+
+def _check_finished(dataset: Any) -> None:
+    """Check that a data set without a transform returns one raw image a sample.
+
+    Raises:
+        UserError: it returns several, or another one each time.
+    """
+    name = type(dataset).__name__
+    advice = (
+        "keep the augmentation in `self.transform` and return `self.transform(image)`, so that "
+        "the perturbation is added before it."
+    )
+    for row in range(min(len(dataset), ROWS_READ_AGAIN)):
+        sample = read(dataset, row)
+        if (found := images_in(sample)) > 1:
+            raise UserError(
+                f"{name} returns {found} images a sample and no attribute of it is a known "
+                f"transform, so all but one would stay without a perturbation; {advice}"
+            )
+        first = _images_of(sample)
+        for _ in range(READ_AGAIN):
+            again = _images_of(read(dataset, row))
+            if not all(map(torch.equal, first, again)):
+                raise UserError(
+                    f"{name} returns other pixels each time row {row} is read and no attribute of "
+                    f"it is a known transform, so it augments inside __getitem__; {advice}"
+                )
+
+
+def _images_of(sample: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(value: Any) -> Any:
+        if is_image(value):
+            found.append(value if isinstance(value, Tensor) else torch.from_numpy(np.array(value)))
+        return value
+
+    rebuilt(sample, note)
+    return found
 
 
 def clean_dataset(dataset: Any) -> Any:

@@ -17,6 +17,7 @@ from torchvision.datasets import VisionDataset
 from torchvision.datasets.vision import StandardTransform
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.data.pipelines import is_pipeline
 
 TRANSFORM = "transform"
 HEX_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
@@ -79,9 +80,32 @@ def owns_transform(dataset: Any) -> bool:
     return settable and not children(dataset)
 
 
+def transform_names(dataset: Any) -> list[str]:
+    """Return the attributes of the object itself that hold what is applied to its images.
+
+    That is `transform`, and attributes with pipelines of a host: all of them where `transform` is
+    missing or None, else those whose name begins so (`transform_prime`); another one beside it
+    (`resize`) prepares the image for it.
+    """
+    others = [
+        name
+        for name, value in attributes(dataset).items()
+        if name not in (TRANSFORM, "transforms") and "target" not in name and is_pipeline(value)
+    ]
+    if not owns_transform(dataset):
+        return others
+    if getattr(dataset, TRANSFORM) is None:
+        return others or [TRANSFORM]
+    return [TRANSFORM, *(name for name in others if name.startswith(TRANSFORM))]
+
+
 def transforms_of(dataset: Any) -> list[Any]:
-    """Return the outermost transforms of each branch, None where a branch's are all None."""
-    own = [getattr(dataset, TRANSFORM)] if owns_transform(dataset) else []
+    """Return the outermost transforms of each branch, None where a branch's are all None.
+
+    Several of one data set, each for a view of its own, are one list.
+    """
+    values = [getattr(dataset, name) for name in transform_names(dataset)]
+    own = values if len(values) < 2 else [values]
     if own and own[0] is not None:
         _check_joint(dataset)
         return own
@@ -101,9 +125,9 @@ def pipeline_of(dataset: Any) -> Any:
     found = transforms_of(dataset)
     if not found:
         raise UserError(
-            f"{type(dataset).__name__} has no attribute `{TRANSFORM}`, so its images cannot be "
-            f"read before they are augmented; keep the augmentation in `self.{TRANSFORM}` and "
-            "apply it in __getitem__."
+            f"{type(dataset).__name__} has no attribute `{TRANSFORM}`, nor another one with a "
+            "known pipeline, so its images cannot be read before they are augmented; keep the "
+            f"augmentation in `self.{TRANSFORM}` and apply it in __getitem__."
         )
     for other in found[1:]:
         if not _same(found[0], other):
@@ -119,11 +143,13 @@ def with_transform(dataset: Any, replace: Callable[[Any], Any]) -> Any:
 
     The images and their list are shared with the original, which stays as it is.
     """
-    if owns_transform(dataset):
+    names = transform_names(dataset)
+    if names:
         below = [found for child in inside(dataset) for found in transforms_of(child)]
-        if getattr(dataset, TRANSFORM) is not None or all(found is None for found in below):
+        if getattr(dataset, names[0]) is not None or all(found is None for found in below):
             copy = shallow_copy(dataset)
-            _set(copy, replace(getattr(dataset, TRANSFORM)))
+            for name in names:
+                _set(copy, name, replace(getattr(dataset, name)))
             return copy
     copy = shallow_copy(dataset)
     for name, value in children(dataset).items():
@@ -211,9 +237,9 @@ def _is_dataset_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_dataset, value))
 
 
-def _set(dataset: Any, transform: Any) -> None:
-    setattr(dataset, TRANSFORM, transform)
-    if isinstance(dataset, VisionDataset):
+def _set(dataset: Any, name: str, transform: Any) -> None:
+    setattr(dataset, name, transform)
+    if isinstance(dataset, VisionDataset) and name == TRANSFORM:
         dataset.transforms = StandardTransform(transform, dataset.target_transform)
 
 

@@ -80,7 +80,13 @@ def check_module(module: Any, views: int) -> None:
             if base.__name__ in MASKED and base.__module__.startswith("lightly."):
                 raise UserError(_masked(name, f"{MASKED[base.__name__]}'s {base.__name__}"))
     if views < 2:
-        raise UserError(_masked(name, "a transform that makes one view"))
+        raise UserError(
+            f"the data set's transform makes one view of an image for {name}, and a contrastive "
+            "poison minimises a loss that compares two or more; let `self.transform` make them, "
+            "as Lightly's MultiViewTransform([first, second]) does (views that a collate_fn or "
+            "training_step makes are not seen before they are augmented), or, where the method "
+            "compares no views, craft on SimCLR, MoCo or BYOL and train it as a victim."
+        )
 
 
 def checking_labels(

@@ -230,6 +230,13 @@ def mirror(pipeline: object) -> Mirror:
         UserError: a transform of an unknown class; the text names it and says how to register a
             mirror of it.
     """
+    if pipeline is None:
+        raise UserError(
+            "the data set's transform is None, so it makes no views to mirror; let "
+            "`self.transform` make them, as Lightly's MultiViewTransform([first, second]) does "
+            "(views that a collate_fn or training_step makes are not seen before they are "
+            "augmented)."
+        )
     found = view_pipelines(pipeline)
     hosts = [pipeline] if found is None else found
     if not hosts:

@@ -7,10 +7,11 @@ Lightly has to be importable. A subclass is another class: it may do anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.pipelines import dotted_name
+from cp_plugin.data.pipelines import dotted_name, held_pipeline
 from cp_plugin.mirror.base import ImageFormat, Operation
 from cp_plugin.mirror.colour import GreyNormalize, Normalize, RandomGrayscale
 from cp_plugin.mirror.containers import Identity, RandomApply, Sequence
@@ -45,6 +46,9 @@ class Translator:
         op = OPS.get(type(host))
         if op is not None:
             return checked_op(op(host), type(host))
+        held = held_pipeline(host)  # of a class that does nothing but call it
+        if held is not None:
+            return self.operation(held)
         raise UserError(unknown(host))
 
     def view(self, host: object) -> Sequence:
@@ -127,6 +131,12 @@ def checked_op(op: object, host_class: type) -> Operation:
 def unknown(host: object) -> str:
     """Say that a class has no op, and how to give it one."""
     name = dotted_name(type(host))
+    if isinstance(host, FunctionType):
+        return (
+            f"the transform is a function, {host.__qualname__}, that cannot be looked into: use a "
+            "pipeline such as transforms.Compose, Lightly's MultiViewTransform([first, second]) "
+            "for several views, or a class that holds its pipelines as attributes."
+        )
     if name.endswith(".Lambda"):
         return (
             f"{name} hides a function that has no known gradient: use a named transform, or a "

@@ -171,7 +171,14 @@ class OwnMultiView(MultiViewTransform):
 
 
 class OtherMultiView(MultiViewTransform):
-    """Does something else."""
+    """Does something else with what the pipelines make."""
+
+    def __call__(self, image: Any) -> Any:
+        return [view * 0.5 for view in super().__call__(image)]
+
+
+class Reversed(MultiViewTransform):
+    """Returns the views in another order."""
 
     def __call__(self, image: Any) -> Any:
         return super().__call__(image)[::-1]
@@ -183,6 +190,11 @@ def test_subclasses() -> None:
     assert mirror(OwnMultiView([v1.ToTensor()])).views == 1
     with pytest.raises(UserError, match="OtherMultiView"):
         mirror(OtherMultiView([v1.ToTensor()]))
+    turned = mirror(Reversed([v1.CenterCrop(24), v1.CenterCrop(16)]))
+    assert [tuple(view.shape[2:]) for view in turned(torch.rand(1, 3, 32, 32))] == [
+        (16, 16),
+        (24, 24),
+    ]
 
 
 @pytest.mark.parametrize(
