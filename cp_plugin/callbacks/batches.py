@@ -60,4 +60,6 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def _is_view(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+    """Tell a batch of images from other tensors, such as grids of points, (B, n, n, 2)."""
+    batch = isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+    return batch and value.shape[-1] != 2

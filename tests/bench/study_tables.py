@@ -53,7 +53,8 @@ def _setting(result: Result) -> str:
         f"{told}Victims of {', '.join(map(str, steps))} steps "
         f"({', '.join(map(str, epochs))} epochs)"
         f"{_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
-        f"cosine; linear probe: {linear['epochs']} epochs, last epoch."
+        f"cosine; linear probe `{linear.get('protocol', 'cosine')}`: {linear['epochs']} epochs, "
+        "last epoch."
     )
 
 

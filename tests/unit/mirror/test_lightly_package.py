@@ -36,6 +36,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 
+from cp_plugin.callbacks.batches import views_of
 from cp_plugin.config.settings import UserError
 from cp_plugin.mirror import Mirror, mirror
 from tests.bench import pillow as oracle
@@ -276,6 +277,11 @@ def test_crops_with_their_grids() -> None:
             mine = twin.pipelines[0].operations[0].apply(given[i : i + 1], {  # type: ignore[attr-defined]
                 key: value[i : i + 1] for key, value in p.items()})[0]  # fmt: skip
             assert (mine - view).abs().max() * 255 < 1.6
+
+
+def test_defences_of_views_leave_grids_alone() -> None:
+    views = mirror(VICRegLTransform(global_crop_size=24, local_crop_size=16))(images(2))
+    assert [view.shape for view in views_of((views, 0))] == [view.shape for view in views[:8]]
 
 
 @pytest.mark.parametrize(
