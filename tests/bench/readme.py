@@ -15,7 +15,7 @@ from typing import Any
 
 from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.provenance import RESULTS, source
-from tests.bench.study_tables import augment, curves, reproduction, study
+from tests.bench.study_tables import augment, curves, reproduction, study, supervised
 from tests.support.solo_served import MOMENTUM, SERVED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,6 +219,8 @@ def _errors(row: dict[str, float]) -> str:
 THEMES: dict[str, Callable[[list[Result]], str]] = {
     "augment": augment,
     "cifar10": reproduction,
+    "cifar10_long": curves,
+    "cifar10_supervised": supervised,
     "completion": completion,
     "demo": demo,
     "knn": knn,
@@ -234,7 +236,10 @@ LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 
 def results_of(theme: str) -> list[Result]:
     """Read the results of a theme, oldest first."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{theme}_*.json"))]
+    # `cifar10_supervised_….json` is none of the theme `cifar10`.
+    longer = tuple(f"{name}_" for name in THEMES if name.startswith(f"{theme}_"))
+    paths = [path for path in RESULTS.glob(f"{theme}_*.json") if not path.name.startswith(longer)]
+    found = [json.loads(path.read_text()) for path in sorted(paths)]
     return sorted(found, key=lambda result: str(result["provenance"]["date"]))
 
 

@@ -113,6 +113,48 @@ def augment(results: list[Result]) -> str:
     return "\n".join([*lines, "", _setting(newest), source(newest)])
 
 
+def supervised(results: list[Result]) -> str:
+    """Supervised victims of the newest study: network by network, each poison beside the noise."""
+    newest = results[-1]
+    rows = newest["rows"]
+    columns = {
+        "own_classifier": "own classifier",
+        "linear_clean_bank": "linear, clean bank",
+        "knn_clean_bank": "kNN, clean bank",
+        "knn_poisoned_bank": "poisoned",
+        "knn_poisoned_bank_clean_encoder": "control",
+    }
+    lines = [
+        f"| victim's network | poison | made on | {' | '.join(columns.values())} | below noise | "
+        "seeds |",
+        "|" + "---|" * (len(columns) + 5),
+    ]
+    order = {name: number for number, name in enumerate(newest["settings"]["poisons"])}
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for row in rows:
+        made_on = (row["surrogate_backbone"] or row["backbone"]) if row["surrogate"] else "-"
+        groups.setdefault((row["backbone"], row["poison"], made_on), []).append(row)
+    for (network, poison, made_on), own in sorted(
+        groups.items(), key=lambda item: (item[0][0], order[item[0][1]], item[0][2])
+    ):
+        values = [[row[key] for row in own if row[key] is not None] for key in columns]
+        cells = [str(spread(found)) if found else "-" for found in values]
+        drop = _below_noise(own, groups.get((network, "random", "-"), [])) if own else "-"
+        seeds = ", ".join(str(row["seed"]) for row in own)
+        lines.append("| " + " | ".join([network, poison, made_on, *cells, drop, seeds]) + " |")
+    told = (
+        "*Below noise*: how much lower the own classifier's accuracy on clean test images is than "
+        "that of the victim of random noise with the same seed. "
+    )
+    return "\n".join([*lines, "", told + _setting(newest), *_missing(newest), source(newest)])
+
+
+def _below_noise(own: list[Result], noise: list[Result]) -> str:
+    known = {row["seed"]: row["own_classifier"] for row in noise}
+    drops = [known[row["seed"]] - row["own_classifier"] for row in own if row["seed"] in known]
+    return str(spread(drops)) if drops and own[0]["poison"] not in (NONE, "random") else "-"
+
+
 def _identity(cell: Result) -> tuple[Any, ...]:
     return tuple(cell[key] for key in ("victim", "poison", "surrogate", "defence", "seed"))
 
