@@ -64,6 +64,7 @@ class CraftPoison(Callback):
         super().__init__()
         self.config = given(self.config_class, config, settings)
         self._resumed: dict[str, Any] | None = None
+        self._restarts: Restarts | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """End training, and with it the learning-rate schedule, after a surrogate's last round."""
@@ -77,6 +78,16 @@ class CraftPoison(Callback):
         else:
             steps = _least(loop.epoch_loop.max_steps, rounds * self.config.model_steps)
             loop.epoch_loop.max_steps = steps
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Prolong training by further surrogates.
+
+        Not sooner, since the first one's schedule is as long as one surrogate is trained, and not
+        later, since a run that is resumed past the first surrogate's end would be taken as over.
+        """
+        if self.config.restarts:
+            initial = (self._resumed or {}).get("initial")
+            self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
@@ -104,10 +115,6 @@ class CraftPoison(Callback):
         if scaler is not None:
             self.attack.scaled = scaler.scale
         self.plan(trainer, loader)
-        self._restarts = None
-        if self.config.restarts:
-            initial = (self._resumed or {}).get("initial")
-            self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
         batch_size = (loader.batch_size or 0) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
         self._check_length(trainer)

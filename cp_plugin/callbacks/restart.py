@@ -21,7 +21,7 @@ class Restarts:
     def __init__(
         self, trainer: Any, module: Any, count: int, initial: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Take the initial weights and prolong training; call in `on_train_start`.
+        """Take the initial weights and prolong training; call in `on_fit_start`.
 
         Args:
             trainer: a Lightning trainer whose limits are those of one surrogate.

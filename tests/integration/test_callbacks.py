@@ -300,17 +300,24 @@ def test_a_poison_is_handed_on_to_surrogates_that_begin_anew(data, tmp_path):
                 "lr_scheduler": {"scheduler": schedule, "interval": "step"},
             }
 
-    def fit(module):
+    class Stop(lightning.pytorch.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise KeyboardInterrupt
+
+    def fit(*callbacks, **kwargs):
         craft = CraftPoison(
             granularity="class", rounds=2, model_steps=3, noise_steps=1, restarts=2, dir=tmp_path
         )
-        fitting = trainer(lightning.pytorch, tmp_path, craft, Watch(), max_epochs=9)
-        fitting.fit(module, loader(data))
+        module = simclr(lightning.pytorch)
+        module.__class__ = Scheduled
+        every = [craft, Watch(), *callbacks]
+        fitting = trainer(lightning.pytorch, tmp_path, *every, max_epochs=9)
+        fitting.fit(module, loader(data), **kwargs)
         return fitting
 
-    module = simclr(lightning.pytorch)
-    module.__class__ = Scheduled
-    fitting = fit(module)
+    fitting = fit()
     assert fitting.global_step == len(weights) == 18
     for start in (6, 12):
         assert torch.equal(weights[start], weights[0])
@@ -321,14 +328,19 @@ def test_a_poison_is_handed_on_to_surrogates_that_begin_anew(data, tmp_path):
     schedule = json.loads(poison.info["schedule"])
     assert (schedule["surrogates"], schedule["surrogate_steps_done"]) == (3, 18)
 
-    # A run that is resumed begins anew with the weights that the first run began with.
-    fitting.fit_loop.epoch_progress.reset()
-    saved = tmp_path / "last.ckpt"
-    fitting.save_checkpoint(saved)
-    kept = torch.load(saved, weights_only=True)["cp_plugin"]["initial"]
-    assert torch.equal(
-        torch.cat([kept[name].flatten() for name, _ in module.named_parameters()]), weights[0]
-    )
+    # A run that is resumed past the end of the first surrogate goes on, and begins the third one
+    # with the weights that the first one began with.
+    (tmp_path / "poison.safetensors").unlink()
+    weights.clear(), rates.clear()
+    with pytest.raises(SystemExit):
+        fit(Stop())
+    started = weights[0]
+    weights.clear(), rates.clear()
+    assert fit(ckpt_path=tmp_path / "last.ckpt").global_step == 18
+    assert len(weights) == 10
+    assert torch.equal(weights[4], started)
+    assert rates[4:] == pytest.approx([0.1 * (6 - step) / 6 for step in range(6)])
+    assert (tmp_path / "poison.safetensors").exists()
 
 
 def test_a_resumed_run_has_the_whole_curve(data, tmp_path):
