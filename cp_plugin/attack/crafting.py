@@ -371,7 +371,7 @@ class Crafting:
         }
         return {
             "poison": self.kind,
-            "host": self.host.framework,
+            "host": getattr(self.host.module, "framework_name", self.host.framework),
             "method": self.host.method,
             "backbone": _backbone(self.host),
             "augmentations": repr(self.mirror),

@@ -32,7 +32,8 @@ from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
 from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
-from cp_plugin.mirror import Mirror, mirror
+from cp_plugin.mirror import Mirror
+from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.seed import run_seed
 
 Step = Callable[..., Any]
@@ -99,7 +100,7 @@ class Defence(Callback):
             return
         if isinstance(config, IMAGE_DEFENCES):
             pipeline = RawDataset(loader.dataset, None).transform
-            size = canonical_size(loader.dataset, mirror(pipeline).resized_side)
+            size = canonical_size(loader.dataset, mirror_outline(pipeline).resized_side)
             device = pl_module.device
             changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
             self._facts.update(facts)
@@ -145,7 +146,7 @@ class Defence(Callback):
 
     def _make_private(self, trainer: Any, module: Any, loader: Any, config: DpSgdConfig) -> None:
         dataset = loader.dataset
-        view_mirror = mirror(RawDataset(dataset, None).transform)
+        view_mirror = mirror_outline(RawDataset(dataset, None).transform)
         if view_mirror.views != 1:
             check_defence(self.name, type(module).__name__)
         known = labels(dataset)
@@ -273,4 +274,4 @@ class _Adversary:
 
 
 def _mirror_of(dataset: Any) -> Mirror:
-    return mirror(RawDataset(dataset, None).transform)
+    return mirror_outline(RawDataset(dataset, None).transform)

@@ -19,6 +19,7 @@ from cp_plugin.data import RawDataset, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.transformed import resized
 from cp_plugin.mirror import mirror
+from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import derived_seed, run_seed
 
@@ -83,7 +84,7 @@ class InjectPoison(Callback):
             return
         pipeline = RawDataset(dataset, None).transform
         try:
-            resized_side = mirror(pipeline).resized_side
+            resized_side = mirror_outline(pipeline).resized_side
         except UserError:  # a victim's transform needs no mirror
             resized_side = None
         form, size = canonical_form(dataset, resized_side), self._poison.size
@@ -155,7 +156,7 @@ class CanonicalImages(Callback):
         dataset = training_loader(trainer).dataset
         if not wrappers.transforms_of(dataset):  # finished tensors, which no one resizes
             return
-        resized_side = mirror(RawDataset(dataset, None).transform).resized_side
+        resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
         form = canonical_form(dataset, resized_side, self.image_size)
         form.announce()
         if form.changes:
@@ -248,7 +249,7 @@ class NoisePoison(InjectPoison):
             UserError: the noise needs labels and there are none.
         """
         dataset = training_loader(trainer).dataset
-        resized_side = mirror(RawDataset(dataset, None).transform).resized_side
+        resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
         size = canonical_size(dataset, resized_side, self.config.image_size)
         self._noise = self._whole = sample_noise(dataset, size, self.config, run_seed())
         super().on_train_start(trainer, pl_module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cp_plugin.data.canonical import canonical_form
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
-from cp_plugin.mirror import mirror
+from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.run_files import KNN_FILE
 
 log = logging.getLogger("cp_plugin")
@@ -81,15 +82,9 @@ class KNNMonitor(Callback):
         # Other callbacks may have changed or opened the images before this one is asked.
         bank = clean_dataset(training_loader(trainer).dataset if bank is None else bank)
         if query is None:
-            loader = trainer.val_dataloaders
-            if loader is None:
-                raise UserError(
-                    "the kNN monitor needs labelled test images and there is no validation set; "
-                    "pass query=… (data.val_path=… in a configuration) or leave the monitor out."
-                )
-            query = loader.dataset
+            query = _validation_set(trainer)
         pipeline = RawDataset(bank, None).transform
-        view_mirror = mirror(pipeline).to(pl_module.device)
+        view_mirror = mirror_outline(pipeline).to(pl_module.device)
         poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
         self._poison = poisons[0] if poisons else None
         sizes = (view_mirror.view_size, canonical_form(bank, view_mirror.resized_side).size)
@@ -158,6 +153,31 @@ class KNNMonitor(Callback):
 
 
 BANKS = {"knn_clean_bank": "clean bank", "knn_poisoned_bank": "poisoned bank"}
+
+
+def _validation_set(trainer: Any) -> Any:
+    """Return the data set of the trainer's one validation loader.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    given = trainer.val_dataloaders
+    if isinstance(given, Mapping):
+        loaders = list(given.values())
+    else:
+        loaders = list(given) if isinstance(given, (list, tuple)) else [given]
+    found = [loader.dataset for loader in loaders if hasattr(loader, "dataset")]
+    if not found:
+        raise UserError(
+            "the kNN monitor needs labelled test images and there is no validation set; "
+            "pass query=… (data.val_path=… in a configuration) or leave the monitor out."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"the kNN monitor takes its test images from one validation loader and found "
+            f"{len(found)}; pass the data set that it shall use as KNNMonitor(query=…)."
+        )
+    return found[0]
 
 
 class Journal(Callback):

@@ -25,6 +25,9 @@ class Method(LightningModule):
     Lightly's data sets give them.
     """
 
+    framework_name = "cp-plugin"
+    """What poison files call the embedded engine."""
+
     def __init__(self, cfg: DictConfig | dict[str, Any], image_size: int) -> None:
         """Build the backbone.
 

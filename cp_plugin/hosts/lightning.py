@@ -21,6 +21,8 @@ BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 class LightningHost(ModuleHost):
     """A LightningModule behind the protocol of `cp_plugin.hosts.protocol.Host`."""
 
+    framework = "lightly"
+
     eval_passes_gradients = True
     """Whether every layer has a gradient in eval mode; else adversarial views are made without."""
 

@@ -27,7 +27,7 @@ ENCODER_NAMES = (
 class ModuleHost:
     """A module that owns a method, but for the way to its loss."""
 
-    framework = "lightly"
+    framework = "pytorch"
 
     def __init__(
         self,

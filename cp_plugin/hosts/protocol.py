@@ -23,7 +23,7 @@ class Host(Protocol):
     """
 
     framework: str
-    """The framework's name, as it is written into poison files: `lightly`, `solo-learn`."""
+    """The framework's name, as poison files have it: `lightly`, `solo-learn`, `pytorch`."""
     method: str
     """The method's name: `simclr`, `MoCo`, …"""
     module: nn.Module

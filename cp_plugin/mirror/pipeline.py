@@ -14,7 +14,7 @@ from cp_plugin.mirror.base import Operation, Params, Shape, moved
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Sequence
 from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize, crop_grid
-from cp_plugin.mirror.registry import Translator
+from cp_plugin.mirror.registry import Translator, Unmirrored
 
 TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may be, for rounding."""
@@ -230,6 +230,36 @@ def mirror(pipeline: object) -> Mirror:
         UserError: a transform of an unknown class; the text names it and says how to register a
             mirror of it.
     """
+    return _translated(pipeline)
+
+
+def mirror_outline(pipeline: object) -> Mirror:
+    """Return a mirror that knows the sizes, the number and the normalisation of views alone.
+
+    So transforms without a mirror (RandAugment and others) are no hindrance to whoever makes no
+    views: a monitor, an image defence, noise.
+
+    Raises:
+        UserError: a transform of an unknown class on float tensors, which may normalise them, or
+            one that alone could tell the size of the views.
+    """
+    try:
+        found = _translated(pipeline, outline=True)
+    except UserError as error:
+        raise UserError(
+            f"the views' size and normalisation cannot be told from the transform: {error}"
+        ) from None
+    steps = [step for view in found.pipelines for step in view.walk()]
+    unknown = [step.name for step in steps if isinstance(step, Unmirrored)]
+    if unknown and found.view_size is None:
+        raise UserError(
+            f"the size of the views cannot be told, since {unknown[0]} is not known and no crop or "
+            "resize stands beside it; add torchvision's Resize or CenterCrop of that size."
+        )
+    return found
+
+
+def _translated(pipeline: object, outline: bool = False) -> Mirror:
     if pipeline is None:
         raise UserError(
             "the data set's transform is None, so it makes no views to mirror; let "
@@ -244,7 +274,7 @@ def mirror(pipeline: object) -> Mirror:
     translated: dict[int, Operation] = {}
     for host in hosts:
         if id(host) not in translated:
-            translated[id(host)] = Translator().view(host)
+            translated[id(host)] = Translator(outline).view(host)
     return Mirror([translated[id(host)] for host in hosts], grid_sides(pipeline))
 
 

@@ -22,11 +22,17 @@ OpFactory = Callable[[Any], Operation]
 """Makes the op of a host's transform."""
 
 
+class Unmirrored(Operation):
+    """Stands for a transform that nothing is known about; it cannot be applied."""
+
+
 class Translator:
     """Walks a host's pipeline and keeps track of what an image is at each point."""
 
-    def __init__(self) -> None:
+    def __init__(self, outline: bool = False) -> None:
+        """Start at a Pillow image; see `mirror_outline` for `outline`."""
         self.format = ImageFormat.PILLOW
+        self._outline = outline
 
     def operation(self, host: object) -> Operation:
         """Translate one transform.
@@ -49,6 +55,8 @@ class Translator:
         held = held_pipeline(host)  # of a class that does nothing but call it
         if held is not None:
             return self.operation(held)
+        if self._outline and self.format in (ImageFormat.PILLOW, ImageFormat.BYTES):
+            return Unmirrored(type(host).__name__)  # of 8 bit, so it normalises nothing
         raise UserError(unknown(host))
 
     def view(self, host: object) -> Sequence:

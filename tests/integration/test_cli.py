@@ -64,6 +64,7 @@ def test_craft_inject_export_and_evaluate(method, pretrain, call, tmp_path, imag
         name.split("images")[-1] for name, _ in clean.samples
     ]
     loaded = Poison.load(poison)
+    assert loaded.info["host"] == "cp-plugin"
     for written, original in zip(RawDataset(exported, 32), RawDataset(clean, 32), strict=True):
         injected = loaded.apply(original.image[None], loaded.rows([original.key]))[0]
         assert torch.equal(written.image, injected)

@@ -154,6 +154,7 @@ def test_a_joint_schedule_moves_delta_by_the_bodys_own_backward(loader):
     found = poison.poison()
     schedule = json.loads(found.info["schedule"])
     assert (schedule["joint"], schedule["surrogate_steps_done"]) == (True, 6)
+    assert found.info["host"] == "pytorch"
     # Two epochs of three batches: every image was in two of them.
     steps = found.perturbation.stored / (0.1 * 8 / 255)
     assert len(steps) == 24
