@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ from cp_plugin.evaluation.paper_probe import paper_probe
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE
+
+log = logging.getLogger("cp_plugin")
 
 
 def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
@@ -233,8 +236,14 @@ def _sets(
     query = Bank.clean(tests, *sizes).numbered_as(clean)
     banks = {"clean": clean}
     if poison is not None:
-        part(train, poison, 1.0)
-        banks["poisoned"] = clean.poisoned(poison)
+        try:
+            part(train, poison, 1.0)
+            banks["poisoned"] = clean.poisoned(poison)
+        except UserError as error:
+            if data is None:
+                raise
+            # Other images may be what is asked for: exported ones are a poisoned bank themselves.
+            log.warning("there is no poisoned bank of %s: %s", data, error)
     return _Sets(banks, query, view_mirror.normalize)
 
 
