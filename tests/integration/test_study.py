@@ -155,7 +155,7 @@ def test_the_study_of_the_photographs_has_what_it_is_to_show():
         ({"base": [1]}, "base must be a list of overrides"),
         ({"poisons": {"none": {"settings": []}}}, "poisons.none is always there"),
         ({"poisons": {"a/b": {"settings": []}}}, "letters, digits and underscores"),
-        ({"poisons": {"a": {"settings": ["x=1"], "chain": 0}}}, "chain must be an integer"),
+        ({"poisons": {"a": {"settings": ["x=1"], "chain": 0}}}, "num_surrogates must be"),
         ({"poisons": {"a": {"settings": ["x=1"], "init": "b"}}}, "poisons.a.init names 'b'"),
         ({"poisons": {"a": {"settings": ["x=1"], "drawn": True, "chain": 2}}}, "no surrogate"),
         (grid(poisons=["cp_clas"]), "did you mean cp_class"),
@@ -212,7 +212,9 @@ def test_only_hydra_is_set_on_the_command_line(tmp_path):
         study("photos", tmp_path / "out", ["max_epochs=3"])
 
 
-@pytest.mark.parametrize("name", ["photos", "cifar10", "cifar10_gpu", "schedules", "augment"])
+@pytest.mark.parametrize(
+    "name", ["photos", "cifar10", "cifar10_gpu", "schedules", "augment", "demo"]
+)
 def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, monkeypatch):
     monkeypatch.setenv("CIFAR10", "a_folder")
     cells = plan(read(name)).values()

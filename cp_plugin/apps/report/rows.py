@@ -1,8 +1,8 @@
-"""What a report is made of: the runs of a study, of a demo, or of any folder of runs."""
+"""What a report is made of: the runs of a study, such as the demo, or of any folder of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def find(folder: Path) -> Found:
     """Read the results in a folder.
 
     Args:
-        folder: of a study, of a demo, or any with runs below it.
+        folder: of a study, such as the demo, or any with runs below it.
 
     Raises:
         UserError: there is no measured run in it.
@@ -134,7 +134,8 @@ def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> 
     ):
         if row is not None:
             accuracies[f"knn_{bank}"] = row["knn"]["accuracy"]
-            accuracies[f"linear_{bank}"] = row["linear"]["last"]
+            if "linear" in row:
+                accuracies[f"linear_{bank}"] = row["linear"]["last"]
     result = state["result"]
     made_in = folders.get(state.get("needs", {}).get("poison", name), folders[name])
     return Row(
@@ -170,11 +171,10 @@ def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs(folder: Path) -> Found:
-    """Read every run below a folder; a demo's own table brings the controls."""
+    """Read every run below a folder."""
     rows: list[Row] = []
     provenance: dict[str, Any] = {}
     folders: dict[str, Path] = {}
-    controls = _controls_of_a_demo(folder)
     for file in sorted(folder.rglob(RESULT_FILE)):
         result = read(file)
         if result is None or not (file.parent / CONFIG_FILE).is_file():
@@ -182,20 +182,18 @@ def _runs(folder: Path) -> Found:
         folders[str(file.parent.relative_to(folder))] = file.parent
         if "knn" in result:
             provenance = {key: result.get(key) for key in ("hardware", "versions", "command")}
-            rows.append(_run(file.parent, result, controls))
+            rows.append(_run(file.parent, result))
     whole = read(folder / RESULT_FILE) or {}
     provenance["command"] = whole.get("command", provenance.get("command"))
     rows.sort(key=lambda row: row.poison != NONE)
     return Found(folder.resolve().name, "runs", tuple(rows), {}, provenance, folders, len(folders))
 
 
-def _run(folder: Path, result: Mapping[str, Any], controls: Mapping[str, float]) -> Row:
+def _run(folder: Path, result: Mapping[str, Any]) -> Row:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
     poison = _poison_name(cfg.get("poison") or {}, str(result["poison"]))
     names = (("knn_clean", "knn_clean_bank"), ("knn_poisoned", "knn_poisoned_bank"))
     accuracies = {ours: result[theirs] for ours, theirs in names if result.get(theirs) is not None}
-    if poison in controls:
-        accuracies["knn_control"] = controls[poison]
     crafted = result.get("surrogate_steps") is not None
     return Row(
         poison=poison,
@@ -230,10 +228,3 @@ def _injected(cfg: Mapping[str, Any]) -> Path | None:
 
 def _existing(file: Path | None) -> Path | None:
     return file if file is not None and file.is_file() else None
-
-
-def _controls_of_a_demo(folder: Path) -> dict[str, float]:
-    whole = read(folder / RESULT_FILE) or {}
-    rows: Iterable[Mapping[str, Any]] = whole.get("rows", ())
-    key = "knn_poisoned_bank_clean_encoder"
-    return {str(row["poison"]): float(row[key]) for row in rows if row.get(key) is not None}

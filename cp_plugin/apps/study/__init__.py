@@ -18,7 +18,7 @@ from cp_plugin.apps.study.state import write as write_json
 from cp_plugin.config.settings import UserError
 from cp_plugin.util.run_files import RESULT_FILE
 
-__all__ = ["study"]
+__all__ = ["run_here", "study"]
 
 
 def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,11 +38,22 @@ def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) ->
             work in the folder.
     """
     settings = read_study(config)
-    cells = plan(settings)
     overrides = _for_hydra([*settings.launcher, *launcher])
+    return _run(settings, out, overrides, here=False)
+
+
+def run_here(settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
+    """Run the cells of a study in this process, one after the other; else as `study` does."""
+    return _run(settings, out, (), here=True)
+
+
+def _run(
+    settings: StudySettings, out: Path | None, launcher: Sequence[str], here: bool
+) -> dict[str, Any]:
+    cells = plan(settings)
     check(cells)
     # After the check, which is the quicker one to fail.
-    from cp_plugin.apps.study.watch import Watch, absolute
+    from cp_plugin.apps.study.watch import Watch, WatchHere, absolute
     from cp_plugin.util.provenance import command, hardware, versions
 
     folder = Folder(absolute(out or Path(f"cp-study-{settings.name}")))
@@ -55,7 +66,7 @@ def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) ->
     with lock:
         started = time.time()
         _write_plan(folder, settings, cells)
-        watch = Watch(folder, cells, overrides)
+        watch = (WatchHere if here else Watch)(folder, cells, tuple(launcher))
         watch.run()
         result = {
             "name": settings.name,

@@ -59,11 +59,11 @@ def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
     if cell.kind == "craft":
         return found
     poison = poison_of(run)
-    found["banks"] = evaluate(run, poison)
+    found["banks"] = evaluate(run, poison, probe=cell.probe)
     if "clean" in cell.needs:
         clean = _run_of(folder, cell, "clean")
         assert poison is not None, "a cell that needs a clean run is a victim"
-        found["control"] = evaluate(clean, poison)[1:]
+        found["control"] = evaluate(clean, poison, probe=cell.probe)[1:]
         found["control_curve"] = control_curve(clean, poison)
     return found
 

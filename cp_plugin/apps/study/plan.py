@@ -42,6 +42,8 @@ class Cell:
     """That of the surrogate; None: the victim's own, or there is no surrogate."""
     turn: int = 0
     """Which entry of the grid needs it first; entries are run one after the other."""
+    probe: str = "cosine"
+    """Which linear probe is fitted to what was trained, see `evaluate`."""
     digest: str = ""
     """Changes with every setting of the cell and of the cells it needs."""
 
@@ -91,9 +93,12 @@ def check(cells: Mapping[str, Cell]) -> None:
         UserError: unknown names, missing keys or values out of range, with the cell's name.
     """
     from cp_plugin.engine.run import check as check_run
+    from cp_plugin.evaluation.metrics import PROBES
 
     seen = set()
     for cell in cells.values():
+        if cell.probe not in PROBES:
+            raise UserError(f"probe must be one of {', '.join(PROBES)}; got {cell.probe!r}.")
         overrides = [one for one in cell.overrides if not one.startswith("seed=")]
         if (cell.config, *overrides) in seen:
             continue
@@ -184,6 +189,7 @@ def _victim(
             *(("+poison=inject",) if surrogate else sampled),
         ),
         needs,
+        probe=study.probe,
     )
 
 

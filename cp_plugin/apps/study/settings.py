@@ -70,6 +70,8 @@ class StudySettings:
     methods: Mapping[str, Overrides] = field(default_factory=dict)
     """Overrides of a method wherever it is trained; its name is that of a configuration."""
     defences: Mapping[str, Overrides] = field(default_factory=dict)
+    probe: str = "cosine"
+    """The linear probe of clean runs and victims: `cosine`, `paper` or `none`, see `evaluate`."""
     launcher: Overrides = ()
     """Overrides for Hydra itself, such as `hydra/launcher=joblib`."""
 
@@ -126,6 +128,7 @@ def parse(values: Mapping[str, Any]) -> StudySettings:
             _grid(f"grid.{number}", node, tuple(backbones or {"default": ()}))
             for number, node in enumerate(_list("grid", values.get("grid")))
         ),
+        probe=_name("probe", values.get("probe", "cosine")),
         **{key: _overrides(key, values.get(key)) for key in ("base", "victim", "launcher")},
     )
     _check_names(study)

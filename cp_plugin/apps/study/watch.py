@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cp_plugin.apps.study.cell import RunCell
 from cp_plugin.apps.study.plan import Cell
 from cp_plugin.apps.study.settings import Overrides
 from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folder
@@ -156,6 +158,18 @@ class Watch:
         lines = self._folder.log.read_text(encoding="utf8", errors="replace").splitlines()
         told = [line.strip() for line in lines[-LOG_LINES_SHOWN:] if line.strip()]
         return told[-1] if told else "nothing"
+
+
+class WatchHere(Watch):
+    """Runs the cells in this process, where each shows its own progress."""
+
+    def run(self) -> None:
+        """Run each cell whose needs are met, after those that others need."""
+        run = RunCell(self._folder.path, self._call)
+        for number, (name, cell) in enumerate(self._cells.items(), start=1):
+            if all(self._is_finished(other) for other in cell.needs.values()):
+                self._console.rule(f"{number} of {len(self._cells)}: {name}", align="left")
+                run(OmegaConf.create({"cell": name}))
 
 
 def _how(code: int) -> str:
