@@ -93,6 +93,8 @@ class RawDataset(Dataset[Item]):
         row = range(len(self))[row]
         sample = self._read(row)
         marks = markers.find(sample)
+        if not marks:
+            raise SampleError(transform_not_called(self.dataset, row))
         if len(marks) != self.places:
             raise SampleError(
                 f"Row {row} of {self._name} returns {len(marks)} views, row 0 {self.places}; "
@@ -261,6 +263,15 @@ class ProbeOf:
                 "solo-learn in `self.transform` and return `self.transform(image)`."
             )
         return markers.ViewMarker(self._canonical(image), self._views, self._transform)
+
+
+def transform_not_called(dataset: Any, row: int) -> str:
+    """Say that a data set has returned a sample that it kept from before."""
+    return (
+        f"{type(dataset).__name__} returned row {row} without calling its transform, as a data set "
+        "does that keeps its samples, so its image cannot be reached; give it with an empty cache, "
+        "or without one."
+    )
 
 
 def read(dataset: Any, row: int) -> Any:

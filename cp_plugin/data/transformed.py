@@ -18,7 +18,7 @@ from cp_plugin.data import wrappers
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
-from cp_plugin.data.raw import RawDataset, images_in, read
+from cp_plugin.data.raw import RawDataset, SampleError, images_in, read, transform_not_called
 from cp_plugin.data.slots import rebuilt
 
 ROWS_READ_AGAIN, READ_AGAIN = 4, 8
@@ -28,6 +28,8 @@ Add = Callable[[Tensor, int, int], Tensor]
 """From a canonical image uint8 (3, H, W), its key and its label, the poisoned image."""
 
 _label: ContextVar[int] = ContextVar("label", default=UNLABELLED)
+_applied: ContextVar[bool] = ContextVar("applied", default=False)
+"""Whether the change of the sample that is being read has been applied."""
 
 
 class PreTransformDataset(Dataset[Any]):
@@ -82,7 +84,7 @@ class PreTransformDataset(Dataset[Any]):
         try:
             changed = self._changed()
             if changed is not None:
-                return read(changed, row)
+                return self._read_changed(changed, row)
             return self._with_first_image_changed(read(self.dataset, row))
         finally:
             _label.reset(known)
@@ -109,8 +111,24 @@ class PreTransformDataset(Dataset[Any]):
         """The data set with the poison before its transform; None where it has no transform."""
         built = self._built
         if built is None or built.source is not self.dataset or built.process != os.getpid():
-            self._built = Built(self.dataset, self._made(), os.getpid())
+            reached = bytearray(len(self.dataset))
+            self._built = Built(self.dataset, self._made(), os.getpid(), reached)
         return cast(Built, self._built).changed
+
+    def _read_changed(self, changed: Any, row: int) -> Any:
+        """Read a row whose change was seen to be applied, now or when it was read before."""
+        reached = cast(Built, self._built).reached
+        if self._changed_arrays is not None or reached[row]:
+            return read(changed, row)
+        applied = _applied.set(False)
+        try:
+            sample = read(changed, row)
+            if not _applied.get():
+                raise SampleError(transform_not_called(self.dataset, row))
+        finally:
+            _applied.reset(applied)
+        reached[row] = 1
+        return sample
 
     def _made(self) -> Any:
         dataset = self._changed_arrays.put_into(self.dataset) if self._changed_arrays else None
@@ -240,6 +258,8 @@ class Built:
     changed: Any
     process: int
     """Files that a data set has raw (h5) are of no use in another process."""
+    reached: bytearray
+    """Not 0 for rows whose change was seen to be applied."""
 
 
 class Change:
@@ -251,6 +271,7 @@ class Change:
 
     def __call__(self, image: Any) -> Any:
         """Return the changed image, of the type of the given one."""
+        _applied.set(True)
         clean = self._canonical(image)
         return like(self._add(clean, image_key(clean), _label.get()), image)
 
