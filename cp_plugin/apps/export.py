@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
+from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 
 from cp_plugin.apps.solo_runs import configuration, is_solo_run, training_images
@@ -18,55 +21,183 @@ from cp_plugin.attack.inject import AddPoison, part
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, check_eps
-from cp_plugin.data import RawDataset, class_names, labels, load, names_or_numbers
+from cp_plugin.data import (
+    Canonical,
+    RawDataset,
+    SampleError,
+    class_names,
+    labels,
+    load,
+    names_or_numbers,
+)
+from cp_plugin.data.image import Size
+from cp_plugin.data.picture_files import tell_left_out
+from cp_plugin.data.raw import UNREADABLE
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
 from cp_plugin.util.run_files import CONFIG_FILE
+
+UNFINISHED = ".cp-plugin-export"
+"""Lies in a folder while it is written, and names the poison: the same command goes on there."""
+ORIENTATION = 0x0112
+"""EXIF's tag of how a picture is turned when it is shown."""
 
 
 def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     """Write the poisoned images as 8-bit PNG files, an image folder.
 
-    Names are those of the images relative to their folder, with the ending `.png`; images that are
-    no files of their own are `<class>/<row>.png`.
+    Names are those of the images relative to their folder, with the ending `.png`, which follows
+    the own one where two files differ by that only; images that are no files of their own are
+    `<class>/<row>.png`. Transparency and the colour profile are kept, and pictures are upright.
+    What has no row, cannot be read or is animated is left out and named in the log. An export that
+    was interrupted goes on where it was.
 
     Args:
         poison_file: the poison.
-        out: a new or empty folder.
+        out: a new or empty folder, or that of an export of this poison that was interrupted.
         data: the folder of clean images; None: the data set of the run that the poison lies in.
 
     Returns:
-        The number of images written.
+        The number of images that are there.
 
     Raises:
-        UserError: the folder is not empty, the data set is not known, or has other images.
+        UserError: the folder holds something else, the data set is not known, or has other images.
     """
     poison = Poison.load(poison_file)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder.")
-    dataset = _dataset(poison_file, data)
-    part(dataset, poison, 1.0)
-    raw = RawDataset(dataset, poison.size)
+    mark = _started(poison_file, out)
+    dataset = _dataset(poison_file, data, by_class=poison.granularity == "class")
+    if poison.granularity == "class" or poison.fraction < 1:
+        part(dataset, poison, 1.0)
     known, names = labels(dataset), names_or_numbers(dataset)
-    add = AddPoison(poison, names)
-    relative = list(_relative_names(raw, known, names))
-    if len(set(relative)) < len(relative):
+    add = AddPoison(poison, names if poison.granularity == "class" else None)
+    left_out: dict[Path, str] = {}
+    resized: dict[Path, str] = {}
+    raw, skipped = _readable(dataset, poison.size)
+    written = 0
+    for row, name in enumerate(_distinct(list(_relative_names(dataset, known, names)))):
+        file = file_of(dataset, row)
+        source = Path(file or name)
+        if file is not None and _is_animated(source):
+            left_out[source] = "animated"
+            continue
+        if not (out / name).exists():
+            try:
+                if row < skipped:
+                    raise SampleError("unreadable")
+                item = raw[row - skipped]
+                image = add(item.image, item.key, -1 if known is None else int(known[row]))
+            except SampleError as error:
+                missing = "no row" in str(error)
+                left_out[source] = "the poison has no row for it" if missing else "unreadable"
+                continue
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(_digest(poison_file), encoding="utf8")
+            _write(to_pil_image(image), file, out / name, poison)
+        if file is not None and (size := _size(source)) != poison.size:
+            resized[source] = f"{size[0]} x {size[1]}"
+        written += 1
+    if not written:
         raise UserError(
-            "two images would get the same name, since their names differ only by their ending; "
-            "rename one of them."
+            f"the poison has no row for any of the {len(dataset)} images; use the data set it was "
+            "made for."
         )
-    for row, name in enumerate(relative):
-        item = raw[row]
-        image = add(item.image, item.key, -1 if known is None else int(known[row]))
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(out / name)
-    return len(relative)
+    mark.unlink(missing_ok=True)
+    tell_left_out(out, left_out)
+    tell_left_out(out, resized, "resized and cropped to {} x {}".format(*poison.size))
+    return written
 
 
-def _dataset(poison_file: Path, data: Path | None) -> Any:
+def _readable(dataset: Any, size: Size) -> tuple[RawDataset, int]:
+    """Return the data set from its first readable image on, and how many come before.
+
+    Raises:
+        UserError: none is readable.
+    """
+    for skipped in range(len(dataset)):
+        rows = range(skipped, len(dataset))
+        try:
+            return RawDataset(Subset(dataset, rows) if skipped else dataset, size), skipped
+        except SampleError:
+            if skipped == len(dataset) - 1:
+                raise
+    raise AssertionError("a data set is never empty here")
+
+
+def _started(poison_file: Path, out: Path) -> Path:
+    """Return the file that marks an unfinished export.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    mark = out / UNFINISHED
+    if not out.exists() or not any(out.iterdir()):
+        return mark
+    if not mark.is_file():
+        raise UserError(f"{out} is not empty; give a new folder.")
+    if mark.read_text(encoding="utf8") != _digest(poison_file):
+        raise UserError(
+            f"{out} holds an unfinished export of another poison; give a new folder, or delete it."
+        )
+    return mark
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _write(picture: Image.Image, file: str | None, path: Path, poison: Poison) -> None:
+    """Write a poisoned picture with what its file has beside colours; whole, or not at all."""
+    kept: dict[str, Any] = {}
+    if file is not None:
+        with Image.open(file) as original:
+            if original.has_transparency_data:
+                alpha = original.convert("RGBA").getchannel("A")
+                picture.putalpha(to_pil_image(Canonical(poison.size)(alpha)[:1]))
+            profile = original.info.get("icc_profile")
+            if profile and profile[16:20] == b"RGB ":  # that of a grey or CMYK picture does not fit
+                kept["icc_profile"] = profile
+            turned = original.getexif().get(ORIENTATION, 1)
+        if turned != 1:
+            picture.getexif()[ORIENTATION] = turned
+            picture = ImageOps.exif_transpose(picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, "PNG", **kept)
+    partial.replace(path)
+
+
+def _is_animated(file: Path) -> bool:
+    try:
+        with Image.open(file) as picture:
+            # A JPEG of a phone may hold a preview (MPO); its first picture is the picture.
+            return picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1
+    except UNREADABLE:
+        return False
+
+
+def _size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        return picture.height, picture.width
+
+
+def _distinct(names: list[Path]) -> list[Path]:
+    """Return names of PNG files, no two the same: where endings alone differ, they are kept."""
+    taken = {str(name).lower() for name in names if name.suffix.lower() == ".png"}
+    found = []
+    for name in names:
+        chosen = name.with_suffix(".png")
+        if name.suffix.lower() != ".png":
+            longer = name
+            while str(chosen).lower() in taken:
+                chosen = longer = longer.with_name(f"{longer.name}.png")
+            taken.add(str(chosen).lower())
+        found.append(chosen)
+    return found
+
+
+def _dataset(poison_file: Path, data: Path | None, by_class: bool) -> Any:
     if data is not None:
-        has_classes = data.is_dir() and any(entry.is_dir() for entry in data.iterdir())
-        return load("custom", data, no_labels=not has_classes)[0]
+        return load("custom", data, no_labels=not by_class)[0]
     if is_solo_run(poison_file.parent):
         return training_images(configuration(poison_file.parent))
     config = poison_file.parent / CONFIG_FILE
@@ -80,13 +211,12 @@ def _dataset(poison_file: Path, data: Path | None) -> Any:
     return load(cfg.data.dataset, cfg.data.train_path, None, cfg.data.no_labels)[0]
 
 
-def _relative_names(raw: RawDataset, known: Any, names: tuple[str, ...] | None) -> Iterator[Path]:
-    dataset = raw.dataset
+def _relative_names(dataset: Any, known: Any, names: tuple[str, ...] | None) -> Iterator[Path]:
     root = getattr(dataset, "root", None)
-    for row in range(len(raw)):
+    for row in range(len(dataset)):
         file = file_of(dataset, row)
         if file is not None and root is not None:
-            yield Path(file).relative_to(root).with_suffix(".png")
+            yield Path(file).relative_to(root)
         else:
             label = -1 if known is None else int(known[row])
             folder = names[label] if names and label >= 0 else "unlabelled"

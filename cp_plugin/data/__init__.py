@@ -3,7 +3,8 @@
 `image` (canonical form, keys), `wrappers` (the data sets inside a data set), `labels` (labels and
 class names), `raw` (the host's transform taken off), `slots` (where views stand in a sample),
 `transformed` (images changed before the transform), `in_memory` (changed once), `batch`, `loading`,
-`subset`, `pipelines` (what makes several views), `photos` (the embedded photographs), `datasets`
+`subset`, `pipelines` (what makes several views), `photos` (the embedded photographs),
+`picture_files` (files in folders), `canonical` (which size is canonical), `datasets`
 (`data.dataset` by name).
 """
 

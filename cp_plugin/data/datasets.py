@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -14,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.labels import UNLABELLED
 from cp_plugin.data.photos import Photos
+from cp_plugin.data.picture_files import beside, listing, open_picture, tell_left_out
 
 FOLDERS = ("custom", "imagenet", "imagenet100")
 SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96}
@@ -41,7 +41,9 @@ class FlatFolder(Dataset[tuple[Any, int]]):
         self.root = str(root)
         self.transform = transform
         folder = _existing(root, "data.train_path")
-        self.samples = [(str(path), UNLABELLED) for path in sorted(_images(folder))]
+        found = listing(folder)
+        tell_left_out(folder, found.left_out)
+        self.samples = [(str(path), UNLABELLED) for path in found.pictures]
         if not self.samples:
             raise _no_images(folder)
 
@@ -51,9 +53,49 @@ class FlatFolder(Dataset[tuple[Any, int]]):
     def __getitem__(self, row: int) -> tuple[Any, int]:
         """Return an image, as PIL image or as its transform makes it, and -1."""
         path, label = self.samples[row]
-        with Image.open(path) as picture:
-            image: Any = picture.convert("RGB")
+        image: Any = open_picture(path)
         return (image if self.transform is None else self.transform(image)), label
+
+
+class ClassFolder(ImageFolder):  # type: ignore[misc]
+    """The images of a folder that has a subfolder a class; links are followed.
+
+    Files that are left out, such as those beside the class folders, are named in the log.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """List the images.
+
+        Raises:
+            FileNotFoundError: there is no class folder, or one without an image.
+        """
+        self._listing = listing(root)
+        super().__init__(root, loader=open_picture)
+        loose = beside(self._listing.pictures, root)
+        tell_left_out(root, {**self._listing.left_out, **loose})
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the class folders, hidden ones left out."""
+        names = sorted(folder.name for folder in _class_folders(Path(directory)))
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: number for number, name in enumerate(names)}
+
+    def make_dataset(self, directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:
+        """Return path and label of each image, class by class."""
+        root = Path(directory)
+        samples = []
+        for path in self._listing.pictures:
+            place = path.relative_to(root).parts
+            if len(place) > 1:
+                samples.append((str(path), class_to_idx[place[0]]))
+        empty = sorted(class_to_idx.keys() - {self._class_of(path, root) for path, _ in samples})
+        if empty:
+            raise FileNotFoundError(f"Found no valid file for the classes {', '.join(empty)}")
+        return samples
+
+    def _class_of(self, path: str, root: Path) -> str:
+        return Path(path).relative_to(root).parts[0]
 
 
 def load(
@@ -125,14 +167,14 @@ def _folder(path: str | Path, setting: str, no_labels: bool) -> Any:
     if no_labels:
         return FlatFolder(folder)
     if not _class_folders(folder):
-        if next(_images(folder), None) is None:
+        if not listing(folder).pictures:
             raise _no_images(folder)
         raise UserError(
             f"{setting}={folder} has images but no class subfolders; make one subfolder a class, "
             "or set data.no_labels=True to use the images without labels."
         )
     try:
-        return ImageFolder(folder)
+        return ClassFolder(folder)
     except FileNotFoundError as error:
         raise UserError(
             f"{setting}={folder}: {_first_line(error)}; every class subfolder needs an image."
@@ -147,15 +189,9 @@ def _existing(path: str | Path, setting: str) -> Path:
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir()]
-
-
-def _images(folder: Path) -> Any:
-    return (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
-    )
+    return [
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    ]
 
 
 def _no_images(folder: Path) -> UserError:

@@ -107,7 +107,7 @@ class Canonical:
 def as_picture(image: Any) -> Image.Image:
     """Return a PIL image or an array as an RGB PIL image."""
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _rgb(image)
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
             return Image.fromarray(image).convert("RGB")
@@ -121,6 +121,23 @@ def as_picture(image: Any) -> Image.Image:
         "Expected an image: PIL, uint8 array (H, W, C) or tensor (C, H, W); "
         f"got {type(image).__name__}."
     )
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB; Pillow alone would clip 16 bits to 8, so that all became white."""
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        values = np.asarray(picture, dtype=np.float64)
+        if picture.mode == "F":
+            scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+        else:
+            scale = 1 / 257 if values.max(initial=0) <= 65535 else 255 / values.max()
+        levels = (values * scale).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def is_image(value: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.raw import RawDataset
+from cp_plugin.data.raw import RawDataset, SampleError
 from cp_plugin.data.wrappers import attributes, indices_of, inside, single
 
 log = logging.getLogger("cp_plugin")
@@ -54,8 +55,11 @@ def labels(dataset: Any) -> Tensor | None:
     read = _reader(dataset)
     if read is None:
         return guess
-    rows = _spread(len(dataset), COMPARED)
-    samples = [dict(_numbers(read(row).sample)) for row in rows]
+    rows, samples = [], []
+    for row in _spread(len(dataset), COMPARED):
+        with suppress(SampleError):  # an unreadable image is named when it is needed
+            samples.append(dict(_numbers(read(row).sample)))
+            rows.append(row)
     places = [
         place
         for place in samples[0]
