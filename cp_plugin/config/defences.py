@@ -253,11 +253,7 @@ def check_defence(name: str, method: str) -> None:
         return
     reason = f"the loss of {method} compares the images of a batch"
     if name != "dp_sgd":
-        reason = (
-            f"the loss of {method} compares whole labels"
-            if "supcon" in method.lower()
-            else f"the loss of {method} has no labels"
-        )
+        reason = f"the loss of {method} has no labels of single images"
     raise UserError(
         f"defence={name} {_WHY[name]}, but {reason}; use it on a supervised victim "
         "(method=supervised), or choose noise, smoothing, cutout, adversarial or "
