@@ -176,7 +176,7 @@ class CraftPoison(Callback):
         if trainer.global_step == self._steps_seen:  # gradients are still being accumulated
             return
         self._steps_seen = trainer.global_step
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             pl_module.log("cp_model_loss", loss.detach(), prog_bar=True, batch_size=1)
         self.attack.check_moved(f"{type(pl_module).__name__}.training_step")
