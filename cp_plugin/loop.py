@@ -2,33 +2,41 @@
 
 The loop's own body computes the loss, in the noise phase too: `PoisonLoop` stands where the data
 loader stood and hands out batches, and while a batch belongs to the noise phase it holds the
-weights, opens the momentum branch and takes the gradient from `loss.backward()`.
+weights, opens the momentum branch and takes the gradient of the loss that `backward` is given.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from cp_plugin.attack.asking import RequestingCrafting
+from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import CraftConfig, UserError, build
-from cp_plugin.data import PreTransformDataset, RawDataset
+from cp_plugin.data import PreTransformDataset
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.canonical import canonical_size
-from cp_plugin.data.loading import endless, moved, raw_loader
-from cp_plugin.hosts.checks import check_module, check_pipeline
+from cp_plugin.data.loading import (
+    batch_size_of,
+    check_batched,
+    endless,
+    moved,
+    raw_loader,
+    unwrapped,
+)
+from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.module import ModuleHost
-from cp_plugin.hosts.observe import LossRequest, LossRequests, named_networks
-from cp_plugin.mirror import mirror
+from cp_plugin.hosts.observe import named_networks
+from cp_plugin.hosts.protocol import LossRequest, LossRequests
+from cp_plugin.util.internals import without_torch_functions
 from cp_plugin.util.seed import run_seed
 
 log = logging.getLogger("cp_plugin")
@@ -60,13 +68,14 @@ def poisoned(
 class PoisonLoop:
     """Craft a contrastive poison inside a training loop written by hand.
 
-    It is iterated where the data loader was. Every batch is one of the loader's own, its views made
-    by the mirror of the data set's transform from poisoned images, on the device of the model. The
-    body of the loop is used as it stands, for both phases: `loss.backward()` trains the surrogate
-    in the model phase and moves the perturbation in the noise phase, in which the optimizer has no
-    gradients to step with, networks are in eval mode, and what the body changes in the modules is
-    undone. What must count in the model phase alone (a scheduler's step for each batch, sums of
-    losses, the steps of a GradScaler) asks `model_phase`.
+    It is iterated where the data loader was, and `poison.backward(loss)` stands where
+    `loss.backward()` did. Every batch is one of the loader's own, its views made by the mirror of
+    the data set's transform from poisoned images, on the device of the model. The body of the loop
+    is used as it stands, for both phases: `backward` trains the surrogate in the model phase and
+    moves the perturbation in the noise phase, in which the optimizer has no gradients to step with,
+    networks are in eval mode, and what the body changes in the modules is undone. What must count
+    in the model phase alone (a scheduler's step for each batch, sums of losses, the steps of a
+    GradScaler) asks `model_phase`.
 
     Example (SimCLR; five lines differ from the loop without a poison):
         >>> poison = PoisonLoop(dataloader, model, criterion, rounds=200)
@@ -74,7 +83,7 @@ class PoisonLoop:
         ...     for batch in poison:
         ...         x0, x1 = batch[0]
         ...         loss = criterion(model(x0), model(x1))
-        ...         loss.backward()
+        ...         poison.backward(loss)
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         >>> poison.save("poison.safetensors")
@@ -100,10 +109,12 @@ class PoisonLoop:
             UserError: an unknown setting, a data set that streams or has no mirror, or a method
                 that compares no two views.
         """
+        dataloader = unwrapped(dataloader)
         if not isinstance(dataloader, DataLoader):
             raise UserError(
                 f"PoisonLoop expected a torch DataLoader first, got {type(dataloader).__name__}."
             )
+        check_batched(dataloader)
         self._check_modules((model, *others))
         config = build(CraftConfig, settings)
         if config.restarts:
@@ -112,27 +123,22 @@ class PoisonLoop:
                 "surrogate anew: leave restarts out, and hand the poison on by init=FILE."
             )
         method = type(model).__name__
-        pipeline = RawDataset(dataloader.dataset, None).transform
-        check_pipeline(method, pipeline)
-        view_mirror = mirror(pipeline)
+        self._raw, view_mirror = raw_and_mirror(dataloader.dataset, method, config.image_size)
         module = _Together(model, others) if others else model
         check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
-        dataset = dataloader.dataset
-        size = canonical_size(dataset, view_mirror.resized_side, config.image_size)
-        self._raw = RawDataset(dataset, size)
         self._loader = raw_loader(dataloader, self._raw)
         self._batches = endless(self._loader)
         seed = run_seed() if config.seed is None else config.seed
         folder = Path(config.dir or ".")
-        self._crafting = RequestingCrafting(
-            self._host, view_mirror, self._raw, config, seed, folder
-        )
+        self._crafting = Crafting(self._host, view_mirror, self._raw, config, seed, folder)
         self._crafting.plan(len(dataloader))
-        self._crafting.announce(dataloader.batch_size or 0)
+        self._crafting.announce(batch_size_of(dataloader))
         self._folder = folder
         self._momentum_known = False
         self._model_batches = 0
+        self._request: LossRequest | None = None
+        self._shown = False
         self.model_phase = True
         """Whether the body trains the surrogate just now, rather than the perturbation."""
         self.losses: list[float] = []
@@ -148,7 +154,8 @@ class PoisonLoop:
         Nothing comes any more once all rounds are done.
 
         Raises:
-            UserError: the body calls no `backward`, or its loss does not fit (see `CraftPoison`).
+            UserError: the body does not call `backward`, or its loss does not fit (see
+                `CraftPoison`).
         """
         schedule = self._crafting.schedule
         for raw in self._loader:
@@ -157,11 +164,42 @@ class PoisonLoop:
             batch = self._moved(raw)
             if self._crafting.config.joint and not self._momentum_known:
                 yield from self._detect_momentum(batch)
+            self._shown = self._model_batches > 0  # later on a body may leave a batch out
             yield self._raw.with_views(batch.sample, self._views(batch))
+            self._check_shown()
             self._crafting.attack.check_moved("the body of the loop")
             self._model_batches += 1
             if schedule.model_step():
                 yield from self._noise_phase(batch)
+
+    def backward(
+        self, loss: Tensor, backward: Callable[..., Any] | None = None, **options: Any
+    ) -> None:
+        """Call in place of `loss.backward()`: in the model phase it is that very call.
+
+        In the noise phase no parameter gets a gradient; that of the perturbation is taken.
+
+        Args:
+            loss: the loss, scaled (`scaler.scale(loss)`) or not. It is reported in `losses` as it
+                is given.
+            backward: what runs the backward pass where it is not `loss.backward()`:
+                `accelerator.backward`, `fabric.backward`,
+                `lambda loss: scaler.scale(loss).backward()`. The loss that it is given is
+                reported, free of the scale that it uses.
+            options: those of `Tensor.backward`, or of `backward`.
+        """
+        self._shown = True
+        run = Tensor.backward if backward is None else backward
+        if self._request is None:
+            run(loss, **options)
+            return
+        on_loss, retain = self._request.on_loss, bool(options.get("retain_graph", False))
+        # Whatever runs the backward pass gets a leaf in place of the loss. What arrives there is
+        # the loss's weight, and the pass itself runs where the framework expects it.
+        with without_torch_functions():
+            leaf = loss.detach().requires_grad_()
+        leaf.register_hook(lambda weight: on_loss(loss, weight, retain))  # type: ignore[no-untyped-call]
+        run(leaf, **{name: value for name, value in options.items() if name != "inputs"})
 
     @property
     def finished(self) -> bool:
@@ -220,7 +258,7 @@ class PoisonLoop:
             labels = self._crafting.labels_of(batch)
             detecting = self._host.branch.detecting(self._host.method, views, batch, labels)
             yield from self._answered(detecting)
-            self._momentum_known = True
+            self._momentum_known = self._host.branch.known
             self._crafting.rebind()
         finally:
             self.model_phase = True
@@ -230,13 +268,11 @@ class PoisonLoop:
             yield from self._detect_momentum(batch)
         self.model_phase = False
         try:
-            self._crafting.rebind()
-            schedule = self._crafting.schedule
+            schedule, losses = self._crafting.schedule, list[Tensor]()
             raw = (next(self._batches) for _ in range(schedule.noise_steps))
-            losses: list[Tensor] = []
-            attack = self._crafting.attack
-            requests = attack.requests(map(self._moved, raw), schedule.steps_done, losses)
-            yield from self._answered(requests)
+            yield from self._answered(
+                self._crafting.noise_requests(map(self._moved, raw), schedule.steps_done, losses)
+            )
             self.losses.append(float(torch.stack(losses).mean()))
             log.info("noise phase %d: loss %.5f", len(self.losses), self.losses[-1])
         finally:
@@ -244,15 +280,20 @@ class PoisonLoop:
 
     def _answered(self, requests: LossRequests) -> Iterator[Any]:
         """Let the body of the loop compute the losses that are asked for."""
-        with closing(requests):  # type: ignore[type-var]
+        with closing(requests), ExitStack() as open_requests:  # type: ignore[type-var]
+            open_requests.callback(setattr, self, "_request", None)
             for request in requests:
-                with _losses_shown(request) as shown, self._host.branch.readers_detached():
+                self._request, self._shown = request, False
+                with self._host.branch.readers_detached(), _without_sync(self._host.module):
                     yield self._raw.with_views(request.batch.sample, request.views)
-                if not shown:
-                    raise UserError(
-                        "PoisonLoop expected the body of the loop to call loss.backward() for "
-                        "every batch, but it came back without; call it once a batch."
-                    )
+                self._check_shown()
+
+    def _check_shown(self) -> None:
+        if not self._shown:
+            raise UserError(
+                "PoisonLoop expected the body of the loop to call poison.backward(loss) for every "
+                "batch, but it came back without; call it where loss.backward() was."
+            )
 
     def _moved(self, batch: Batch) -> Batch:
         return moved(batch, self._host.device)
@@ -285,18 +326,10 @@ def _full_names(module: nn.Module, names: str | Sequence[str]) -> str | Sequence
     return [f"{MODEL}.{name}" if f"{MODEL}.{name}" in known else name for name in wanted]
 
 
-@contextmanager
-def _losses_shown(request: LossRequest) -> Iterator[list[bool]]:
-    """Show every loss whose `backward` is called to a request, in place of the backward pass."""
-    shown: list[bool] = []
-    own = Tensor.backward
-
-    def backward(loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
-        shown.append(True)
-        request.on_loss(loss if gradient is None else (loss * gradient).sum())
-
-    Tensor.backward = backward  # type: ignore[method-assign,assignment]
-    try:
-        yield shown
-    finally:
-        Tensor.backward = own  # type: ignore[method-assign]
+def _without_sync(module: nn.Module) -> ExitStack:
+    """Return a context in which DDP waits for no gradients: its weights get none."""
+    stack = ExitStack()
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel):
+            stack.enter_context(part.no_sync())
+    return stack

@@ -96,6 +96,29 @@ def private_uses(root: Path = ROOT) -> list[tuple[str, int, str]]:
     return found
 
 
+def assigned_in_libraries(root: Path = ROOT) -> list[tuple[str, int, str]]:
+    """Return (module, line, target) of each assignment to an attribute of a library's own name.
+
+    `Tensor.backward = …` changes torch for the whole process, whoever uses it.
+    """
+    found = []
+    for name, path in modules(root).items():
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        theirs = {
+            (alias.asname or alias.name).partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (getattr(node, "module", None) or alias.name).partition(".")[0] in LIBRARIES
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+                target = ast.unparse(node)
+                if target.partition(".")[0] in theirs:
+                    found.append((name, node.lineno, target))
+    return found
+
+
 def lines(paths: Iterable[Path]) -> int:
     """Return the lines of files."""
     return sum(len(path.read_text(encoding="utf8").splitlines()) for path in paths)
@@ -170,7 +193,7 @@ def _private_names(node: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _is_private(name: str) -> bool:
-    public = ("_", "_replace", "_fields", "_asdict")  # of named tuples
+    public = ("_", "_replace", "_fields", "_asdict", "_exit")  # of named tuples, and of `os`
     return name.startswith("_") and not name.startswith("__") and name not in public
 
 

@@ -17,6 +17,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine.solo_backbones import PREFIX, add_timm_backbone
 from cp_plugin.hosts.solo_learn import SoloHost
+from cp_plugin.util.internals import backbones
 from cp_plugin.util.run_files import SOLO_ARGS_FILE
 
 ENCODER = "backbone."
@@ -109,7 +110,7 @@ def _base_method(base: Any, cfg: DictConfig) -> Any:
     if not name.startswith(PREFIX):
         return base(cfg)
     size = max(int(node.crop_size) for node in cfg.augmentations)
-    undo = add_timm_backbone(base._BACKBONES, name, size)
+    undo = add_timm_backbone(backbones(base), name, size)
     try:
         return base(cfg)
     finally:

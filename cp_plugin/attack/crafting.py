@@ -5,10 +5,11 @@ The shell around the attack that the Lightning callback and the plain loop share
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,30 +24,56 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
+from cp_plugin.data.canonical import canonical_size
 from cp_plugin.data.subset import keys_of_part
+from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
-from cp_plugin.mirror import Mirror
+from cp_plugin.hosts.protocol import LossRequests, answer
+from cp_plugin.mirror import Mirror, mirror
 from cp_plugin.util.provenance import versions
 
 log = logging.getLogger("cp_plugin")
 
 MAPPED_BYTES = 8 << 30
 """A perturbation larger than this is mapped from a file instead of held in memory."""
+CHECK_EVERY = 100
+"""Gradients of noise phases between two checks that the loss reads no labels."""
 DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
+
+
+def raw_and_mirror(dataset: Any, method: str, image_size: int | None) -> tuple[RawDataset, Mirror]:
+    """Take the transform off a data set and return what it leaves, and the transform's mirror.
+
+    A transform of one view that the data set calls for each of its views is mirrored as often.
+
+    Args:
+        dataset: a map-style data set of images.
+        method: what is crafted with, for errors.
+        image_size: side of delta in pixels; None: as `canonical_size` says.
+
+    Raises:
+        UserError: the data set streams, or its transform has no mirror or makes no views.
+    """
+    own = RawDataset(dataset, None)
+    check_pipeline(method, own.transform)
+    view_mirror = mirror(own.transform)
+    if view_mirror.views == 1 and own.places > 1:
+        view_mirror = mirror([own.transform] * own.places)
+    size = canonical_size(dataset, view_mirror.resized_side, image_size)
+    return RawDataset(dataset, size), view_mirror
 
 
 class Crafting:
     """One poison in the making."""
 
-    attack_class = Attack
     kind = "cp"
     """Which poison it is, as the file says."""
 
     def __init__(
         self,
         host: ModuleHost,
-        mirror: Mirror,
+        view_mirror: Mirror,
         raw: RawDataset,
         config: AlternationConfig,
         seed: int,
@@ -57,7 +84,7 @@ class Crafting:
 
         Args:
             host: the surrogate.
-            mirror: the mirror of the data set's transform.
+            view_mirror: the mirror of the data set's transform.
             raw: the data set without its transform.
             config: the settings.
             seed: of start and augmentations.
@@ -69,7 +96,7 @@ class Crafting:
                 start that does not fit.
         """
         check_unpoisoned(raw.dataset)
-        self.host, self.mirror, self.raw = host, mirror, raw
+        self.host, self.mirror, self.raw = host, view_mirror, raw
         self.config, self.seed, self.folder = config, seed, folder
         self.labels = labels(raw.dataset)
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
@@ -80,8 +107,10 @@ class Crafting:
         perturbation, rows = self._rows(resumed)
         if perturbation.stored.nbytes <= DEVICE_BYTES:
             perturbation.move(host.device)
-        self.attack = self.attack_class(host, mirror, perturbation, rows, config, seed)
+        self.attack = Attack(host, view_mirror, perturbation, rows, config, seed)
         self._bound = list(host.momentum_modules())
+        host.branch.dual = config.uses_dual_branch
+        self._gradients_since_check = 0
         self.schedule = self._schedule(1, 1)
 
     def plan(self, batches: int, accumulated: int = 1) -> None:
@@ -97,12 +126,54 @@ class Crafting:
         """Return the labels of a batch's images, int64 (B), None where there are none."""
         return None if self.labels is None else self.labels[batch.rows]
 
+    def noise_requests(
+        self, batches: Iterable[Batch], step: int, losses: list[Tensor]
+    ) -> LossRequests:
+        """Ask for the losses of a noise phase, see `Attack.noise_requests`.
+
+        Raises:
+            UserError: no batch had a loss.
+        """
+        self.rebind()
+        left = iter(batches)
+        if self._checks_labels():
+            first = next(left)
+            views = [view.detach() for view in self.attack.views(first, step)]
+            yield from self.host.checking_labels(views, first, self.labels_of(first))
+            left = itertools.chain([first], left)
+        yield from self.attack.noise_requests(left, step, losses)
+        if not losses:
+            raise UserError(
+                f"no batch of the noise phase after step {step} had a loss: {self.host.method} "
+                "left all of them out, so the perturbation would stay as it started; return a loss "
+                "from training_step in eval mode too, or use longer noise phases "
+                "(poison.noise_steps)."
+            )
+
+    def _checks_labels(self) -> bool:
+        """Whether to look again for a term of the loss that reads labels: one may set in later.
+
+        Every so many gradients, so that it costs next to nothing, and before the poison is written.
+        """
+        steps = self.schedule.noise_steps * self.schedule.pgd_steps
+        self._gradients_since_check += steps
+        due = self._gradients_since_check > CHECK_EVERY or self.schedule.finished
+        if due:
+            self._gradients_since_check = 0
+        return due
+
+    def noise_phase(self, batches: Iterable[Batch], step: int) -> Tensor:
+        """Run a noise phase on the host's own loss; return the mean loss."""
+        losses: list[Tensor] = []
+        answer(self.noise_requests(batches, step, losses), self.host)
+        return torch.stack(losses).mean()
+
     def rebind(self) -> None:
         """Take the modules of the momentum branch as they are now: hosts may replace them."""
         found = list(self.host.momentum_modules())
         if [id(module) for module in found] != [id(module) for module in self._bound]:
             old = self.attack
-            self.attack = self.attack_class(
+            self.attack = Attack(
                 self.host, self.mirror, old.perturbation, old.rows, self.config, self.seed
             )
             self.attack.scaled = old.scaled

@@ -3,11 +3,13 @@
     min over delta, min over theta: E_x [ L_CL( T1(x + d(x)), T2(x + d(x)); theta ) ],  |d| <= eps
 
 Both phases minimise the host's own SSL loss. The model phase is the host's own training on
-poisoned, mirrored views; the noise phase, written here, keeps the weights and moves delta.
+poisoned, mirrored views; the noise phase, written here, keeps the weights and moves delta. It asks
+for each loss: a host answers with its own, or the body of a user's loop does.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +22,10 @@ from cp_plugin.config.settings import AlternationConfig, UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
-from cp_plugin.hosts.protocol import Host
+from cp_plugin.hosts.protocol import Host, LossRequest, LossRequests, answer
 from cp_plugin.hosts.running import RunningMomentum
 from cp_plugin.mirror import Mirror
+from cp_plugin.util.internals import without_torch_functions
 from cp_plugin.util.seed import derived_seed
 
 
@@ -112,6 +115,18 @@ class Rows:
         return first
 
 
+@dataclass
+class _Step:
+    """One step of the noise phase."""
+
+    delta: Tensor
+    """float32 (U, C, H, W), a leaf."""
+    gradient: Tensor | None = None
+    """Of all losses that were shown, with respect to delta."""
+    loss: Tensor | None = None
+    """Their sum."""
+
+
 def poisoned(images_BCHW: Tensor, delta_BCHW: Tensor) -> Tensor:
     """Return uint8 images plus delta as float32 in [0, 1]."""
     return (images_BCHW.float().div_(255) + delta_BCHW).clamp(0, 1)
@@ -171,8 +186,20 @@ class Attack:
                 delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
             return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
 
-    def noise_phase(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
-        """Optimise delta on each batch, weights fixed; yields the mean loss of each.
+    def noise_phase(self, batches: Iterable[Batch], step: int) -> list[Tensor]:
+        """Optimise delta on each batch down the host's own loss, see `noise_requests`.
+
+        Returns:
+            The mean loss of each batch.
+        """
+        losses: list[Tensor] = []
+        answer(self.noise_requests(batches, step, losses), self.host)
+        return losses
+
+    def noise_requests(
+        self, batches: Iterable[Batch], step: int, losses: list[Tensor]
+    ) -> LossRequests:
+        """Optimise delta on each batch, weights fixed, down losses that are asked for.
 
         The host is in eval mode meanwhile and is left bit for bit as it was found, but for queue
         and momentum branch where `momentum_during_noise` lets them run.
@@ -180,10 +207,11 @@ class Attack:
         Args:
             batches: N batches on the host's device.
             step: optimiser steps of the surrogate so far; fixes the augmentations that are drawn.
+            losses: gets the mean loss of each batch.
         """
         with self._weights_fixed() as restore:
             for number, batch in enumerate(batches):
-                yield self._noise_batch(batch, (step, number), restore)
+                yield from self._noise_batch(batch, (step, number), restore, losses)
 
     def check_moved(self, where: str) -> None:
         """Check, after the backward pass of a joint step, that it has moved delta.
@@ -214,24 +242,51 @@ class Attack:
             running.put()
 
     def _noise_batch(
-        self, batch: Batch, at: tuple[int, int], restore: Callable[[], None]
-    ) -> Tensor:
+        self,
+        batch: Batch,
+        at: tuple[int, int],
+        restore: Callable[[], None],
+        losses: list[Tensor],
+    ) -> LossRequests:
         rows_U, inverse_B = self._rows_of(batch)
-        losses = []
+        found = []
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U, batch.images.device).requires_grad_()
             images = poisoned(batch.images, delta[inverse_B])
             views = self._mirrored(images, "noise", *at, pgd_step)
+            step = _Step(delta)
             with self._gradients:
-                loss = self.host.loss(views, batch)
-            if not self._checked:
-                self._checked = check_momentum_gradients(self._gradients, loss, delta)
-            (gradient,) = torch.autograd.grad(self.scaled(loss), delta)
+                yield LossRequest(views, batch, functools.partial(self._on_loss, step))
             restore()
-            self._check_finite(loss.detach(), *at, pgd_step)
-            self._descend(rows_U, gradient)
-            losses.append(loss.detach().float())
-        return torch.stack(losses).mean()
+            if step.loss is not None:
+                self._check_finite(step.loss, *at, pgd_step)
+                found.append(step.loss)
+            if step.gradient is None and share().processes > 1:
+                step.gradient = torch.zeros_like(delta)  # the other processes wait for this one
+            if step.gradient is not None:
+                self._descend(rows_U, step.gradient)
+        if found:
+            losses.append(torch.stack(found).mean())
+
+    def _on_loss(
+        self,
+        step: _Step,
+        loss: Tensor,
+        weight: Tensor | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """Add the gradient of a loss, by which delta then moves."""
+        if not self._checked:
+            self._checked = check_momentum_gradients(self._gradients, loss, step.delta)
+        with without_torch_functions():  # meanwhile detach may do nothing
+            value = loss.detach().float()
+            if loss.ndim and weight is not None:
+                value = value * weight
+            value = value.sum()
+        asked = self.scaled(loss) if weight is None else loss
+        (gradient,) = torch.autograd.grad(asked, step.delta, weight, retain_graph=retain_graph)
+        step.gradient = gradient if step.gradient is None else step.gradient + gradient
+        step.loss = value if step.loss is None else step.loss + value
 
     def _check_finite(self, loss: Tensor, model_steps: int, number: int, pgd_step: int) -> None:
         """Check the loss of a noise step: one that is not finite has no direction.

@@ -7,11 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.attack.crafting import Crafting
+from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
@@ -21,12 +20,9 @@ from cp_plugin.callbacks.restart import Restarts
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, given
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.canonical import canonical_size
-from cp_plugin.data.loading import endless
+from cp_plugin.data.loading import batch_size_of, endless, moved
 from cp_plugin.hosts import adapt
-from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.mirror import mirror
 from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import run_seed
 
@@ -91,19 +87,16 @@ class CraftPoison(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
-        if self.path.exists() and self._resumed is None:
+        if self.path.exists() and self._resumed is None and not trainer.fast_dev_run:
             raise UserError(
                 f"{self.path} exists and a poison is never overwritten; set poison.dir to another "
                 "folder."
             )
         loader = training_loader(trainer)
-        pipeline = RawDataset(loader.dataset, None).transform
-        check_pipeline(type(pl_module).__name__, pipeline)
-        view_mirror = mirror(pipeline).to(pl_module.device)
-        raw = RawDataset(
-            loader.dataset,
-            canonical_size(loader.dataset, view_mirror.resized_side, self.config.image_size),
+        raw, view_mirror = raw_and_mirror(
+            loader.dataset, type(pl_module).__name__, self.config.image_size
         )
+        view_mirror = view_mirror.to(pl_module.device)
         host = self.adapted(trainer, pl_module, raw)
         host.check(view_mirror.views)
         self._host = host
@@ -115,7 +108,7 @@ class CraftPoison(Callback):
         if scaler is not None:
             self.attack.scaled = scaler.scale
         self.plan(trainer, loader)
-        batch_size = (loader.batch_size or 0) * trainer.world_size
+        batch_size = batch_size_of(loader) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
         self._check_length(trainer)
         self._momentum_known = False
@@ -131,7 +124,7 @@ class CraftPoison(Callback):
         """
         assert isinstance(self.config, CraftConfig)
         context = trainer.precision_plugin.train_step_context
-        return adapt(pl_module, raw.with_views, self.config.momentum_modules, context)
+        return adapt(pl_module, raw.with_views, self.config.momentum_modules, context, trainer)
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""
@@ -189,6 +182,9 @@ class CraftPoison(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison."""
         self._hooks.stop()
+        if trainer.fast_dev_run:
+            log.info("fast_dev_run has tried crafting; no poison is written")
+            return
         # A run that is resumed after its poison was written keeps what it wrote.
         if trainer.is_global_zero and not self.path.exists():
             self.crafting.finish().save(self.path)
@@ -213,7 +209,12 @@ class CraftPoison(Callback):
             return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
-            "snapshot": snapshot.save(self.folder, trainer.global_step, self.crafting.tensors()),
+            "snapshot": snapshot.save(
+                self.folder,
+                trainer.global_step,
+                self.crafting.tensors(),
+                _checkpoint_folders(trainer),
+            ),
         }
         if self._restarts is not None:
             checkpoint["cp_plugin"]["initial"] = self._restarts.initial
@@ -244,8 +245,7 @@ class CraftPoison(Callback):
             made = self.attack.views(batch, trainer.fit_loop.total_batch_idx)
             if not self._momentum_known:
                 # Not before: hooks of the module may freeze or build networks as training starts.
-                self._momentum_known = True
-                self._host.detect_momentum(
+                self._momentum_known = self._host.detect_momentum(
                     [view.detach() for view in made], batch, self.crafting.labels_of(batch)
                 )
                 self.crafting.rebind()
@@ -254,11 +254,15 @@ class CraftPoison(Callback):
         return views
 
     def _noise_phase(self, trainer: Any, pl_module: Any) -> Tensor:
-        self.crafting.rebind()
         raw = itertools.islice(self._batches, self.schedule.noise_steps)
-        moved = (pl_module.transfer_batch_to_device(batch, pl_module.device, 0) for batch in raw)
-        losses = list(self.attack.noise_phase(moved, trainer.global_step))
-        return torch.stack(losses).mean()
+        on_device = (moved(batch, pl_module.device) for batch in raw)
+        return self.crafting.noise_phase(on_device, trainer.global_step)
+
+
+def _checkpoint_folders(trainer: Any) -> list[Path]:
+    """Return where the checkpoints of a run are, as far as its callbacks say."""
+    said = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [run_folder(trainer), *(Path(folder) for folder in said if folder)]
 
 
 def _least(limit: int | None, ours: int) -> int:

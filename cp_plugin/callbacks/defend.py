@@ -12,7 +12,7 @@ from torch import Tensor
 from cp_plugin.callbacks.base import DEFENCE, Callback, put_in_order
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
-from cp_plugin.callbacks.loader_hooks import Exchange, training_loader
+from cp_plugin.callbacks.loader_hooks import Exchange, renew, training_loader
 from cp_plugin.config.defences import (
     AdversarialConfig,
     CutoutConfig,
@@ -35,6 +35,7 @@ from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
 from cp_plugin.mirror import Mirror
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.seed import run_seed
+from cp_plugin.util.undo import Exchanges
 
 Step = Callable[..., Any]
 """A module's `training_step`."""
@@ -68,7 +69,8 @@ class Defence(Callback):
         """
         super().__init__()
         self.name, self.config = name, defence_settings(name, settings, config)
-        self._undo: list[Callable[[], Any]] = []
+        self._exchanged = Exchanges()
+        self._exchange: Exchange | None = None
         self._private: Private | None = None
         self._facts: dict[str, Any] = {}
 
@@ -104,19 +106,32 @@ class Defence(Callback):
             device = pl_module.device
             changed, facts = with_images_changed(loader.dataset, config, size, device, run_seed())
             self._facts.update(facts)
-            self._undo.append(Exchange(trainer, changed).restore)
+            self._exchange = Exchange(trainer, changed)
+            self._exchanged.callback(self._exchange.restore)
         elif isinstance(config, DpSgdConfig):
             self._make_private(trainer, pl_module, loader, config)
         else:
             self._wrap_step(pl_module, self._defended_step(pl_module, loader.dataset))
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check that the first batch is of the changed images.
+
+        Raises:
+            UserError: the loader keeps an iterator of its own.
+        """
+        if self._exchange is not None:
+            self._exchange.check()
+            self._exchange = None
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Give module and loader their own back."""
-        self._stop()
+        self._exchanged.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give module and loader their own back when training breaks off."""
-        self._stop()
+        self._exchanged.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what the privacy accountant has seen."""
@@ -162,12 +177,12 @@ class Defence(Callback):
         private = self._private = Private(module, trainer.optimizers[0], config, *sizes)
         if self._spent is not None:
             private.accountant.load_state_dict(self._spent)
-        own = trainer.strategy.optimizers
-        trainer.strategy.optimizers = [private.optimizer]
-        self._undo.append(lambda: setattr(trainer.strategy, "optimizers", own))
-        self._undo.append(private.stop)
+        self._exchanged.attribute(trainer.strategy, "optimizers", [private.optimizer])
+        self._exchanged.callback(private.stop)
         sampler = private.sampler(int(trainer.num_training_batches), run_seed())
-        self._exchange_sampler(trainer, loader, sampler)
+        # The loader draws by chance until the end; it refuses this by ordinary means.
+        self._exchanged.entry(vars(loader), "batch_sampler", sampler)
+        renew(trainer, loader)
 
     def _defended_step(self, module: Any, dataset: Any) -> Defended:
         """Return what takes the module's own step, a batch and the rest, and runs it defended."""
@@ -220,30 +235,7 @@ class Defence(Callback):
         def training_step(batch: Any, *rest: Any, **named: Any) -> Any:
             return defended(functools.partial(own, **named), batch, rest)
 
-        before = vars(module).get("training_step")
-        vars(module)["training_step"] = training_step
-
-        def undo() -> None:
-            vars(module).pop("training_step", None)
-            if before is not None:
-                vars(module)["training_step"] = before
-
-        self._undo.append(undo)
-
-    def _exchange_sampler(self, trainer: Any, loader: Any, sampler: Any) -> None:
-        """Let the loader draw by chance until the end; it refuses this by ordinary means."""
-
-        def put(new: Any) -> None:
-            object.__setattr__(loader, "batch_sampler", new)
-            loader._iterator = None
-
-        self._undo.append(functools.partial(put, loader.batch_sampler))
-        put(sampler)
-        iter(trainer.fit_loop._data_fetcher)
-
-    def _stop(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._exchanged.entry(vars(module), "training_step", training_step)
 
 
 class _Adversary:

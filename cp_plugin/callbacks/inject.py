@@ -76,7 +76,20 @@ class InjectPoison(Callback):
         dataset = training_loader(trainer).dataset
         self._poison = part(dataset, self._whole, self.fraction)
         self._announce_size(dataset)
+        self._checked = False
         self._exchange = Exchange(trainer, added(dataset, self._poison))
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check that the first batch is of the poisoned data set.
+
+        Raises:
+            UserError: the loader keeps an iterator of its own.
+        """
+        if not self._checked:
+            self._exchange.check()
+            self._checked = True
 
     def _announce_size(self, dataset: Any) -> None:
         """Say where images are brought to the poison's size, and what clean runs then need."""

@@ -6,21 +6,24 @@ it fetches from and the function it collates by are exchanged while a run lasts,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.loading import Collate, moved
+from cp_plugin.data.loading import Collate, check_batched, moved, renew_iterators
+from cp_plugin.hosts.lightning import BATCH_HOOKS, batch_hooks, converter, hook_owner
+from cp_plugin.util.internals import forget_iterators, remake_fetcher
+from cp_plugin.util.undo import Exchanges
 
 Views = Callable[[Batch], list[Tensor]]
-OWN = "_cp_plugin_own"
-"""Where a loader keeps its own data set and collate function meanwhile."""
-HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+EXCHANGED = "_cp_plugin_exchanged"
+"""Where a loader keeps what gives it its own data set and collate function back."""
 
 
 def training_loader(trainer: Any) -> DataLoader[Any]:
@@ -35,6 +38,7 @@ def training_loader(trainer: Any) -> DataLoader[Any]:
             f"expected one torch DataLoader for training, got {type(loader).__name__}; a poison "
             "belongs to one data set."
         )
+    check_batched(loader)
     if trainer.reload_dataloaders_every_n_epochs:
         raise UserError(
             "reload_dataloaders_every_n_epochs makes new loaders while training, but every image "
@@ -61,34 +65,90 @@ class Exchange:
     """Another data set and collate function in a trainer's loader, until `restore`."""
 
     def __init__(
-        self, trainer: Any, dataset: Any, collate: Callable[[Any], Any] | None = None
+        self, trainer: Any, dataset: Any = None, collate: Callable[[Any], Any] | None = None
     ) -> None:
         """Exchange them; call in `on_train_start`.
 
+        Several callbacks may exchange; whichever ends first puts back what came before them all.
+
         Args:
             trainer: a Lightning trainer.
-            dataset: of the same length as the loader's own.
+            dataset: of the same length as the loader's own; None keeps it.
             collate: None keeps the loader's own.
         """
-        self._loader = training_loader(trainer)
-        # Several callbacks may exchange; whichever ends first puts back what came before them all.
-        vars(self._loader).setdefault(OWN, (self._loader.dataset, self._loader.collate_fn))
-        self._set(dataset, collate or self._loader.collate_fn)
-        # Lightning has made the first epoch's iterator before any callback could see the loader.
-        iter(trainer.fit_loop._data_fetcher)
+        self._loader = loader = training_loader(trainer)
+        exchanged: Exchanges | None = vars(loader).get(EXCHANGED)
+        if exchanged is None:
+            exchanged = Exchanges()
+            forget_iterators(loader)
+            exchanged.callback(_drop_iterators, vars(loader), dict(vars(loader)))
+            exchanged.entry(vars(loader), EXCHANGED, exchanged)
+        self._exchanged = exchanged
+        self._counted = Counted(collate or loader.collate_fn, loader.num_workers > 0)
+        if dataset is not None:
+            # A loader refuses a new data set once it is made, since its sampler counts the old
+            # one's rows; ours has the same rows.
+            exchanged.entry(vars(loader), "dataset", dataset)
+        exchanged.entry(vars(loader), "collate_fn", self._counted)
+        renew(trainer, loader)
+
+    def check(self) -> None:
+        """Check that batches come from what was put in; call when the first one has come.
+
+        Raises:
+            UserError: the loader goes on with what it was made with.
+        """
+        if not self._counted.batches:
+            raise UserError(stale(self._loader))
 
     def restore(self) -> None:
-        """Put the loader's own data set and collate function back."""
-        own = vars(self._loader).pop(OWN, None)
-        if own is not None:
-            self._set(*own)
+        """Give the loader its own back."""
+        self._exchanged.close()
 
-    def _set(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
-        # A loader refuses a new data set once it is made, since its sampler counts the old one's
-        # rows; ours has the same rows.
-        object.__setattr__(self._loader, "dataset", dataset)
-        self._loader.collate_fn = collate
-        self._loader._iterator = None  # persistent workers hold the data set they began with
+
+class Counted:
+    """A collate function that counts its batches, those of worker processes too."""
+
+    def __init__(self, collate: Callable[[Any], Any], shared: bool) -> None:
+        self._collate = collate
+        self._count = torch.zeros(1, dtype=torch.int64)
+        if shared:
+            self._count.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __call__(self, samples: Any) -> Any:
+        """Collate and count."""
+        self._count += 1
+        return self._collate(samples)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches so far."""
+        return int(self._count)
+
+
+def stale(loader: DataLoader[Any]) -> str:
+    """Return what to say of a loader that brings batches of the data set it was made with."""
+    return (
+        f"{type(loader).__name__} brings batches of the data set that it was made with, though "
+        "another one was put in: it keeps an iterator of its own. Poisons need a loader that makes "
+        "its iterator when an epoch starts; use torch.utils.data.DataLoader for this run."
+    )
+
+
+def renew(trainer: Any, loader: DataLoader[Any]) -> None:
+    """Let a trainer fetch from a loader as it is now; iterators that it keeps are remade."""
+    renew_iterators(loader)
+    remake_fetcher(trainer)
+
+
+def _drop_iterators(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Take iterators from a loader that were made meanwhile: they hold the exchanged data set."""
+    made = [n for n, v in now.items() if isinstance(v, Iterator) and before.get(n) is not v]
+    for name in made:
+        if name in before:
+            now[name] = before[name]
+        else:
+            del now[name]
 
 
 class LoaderHooks:
@@ -99,19 +159,28 @@ class LoaderHooks:
 
         Args:
             trainer: a Lightning trainer.
-            module: its module; its hooks around the transfer of a batch are wrapped on the
-                instance, so that they see their own batches only.
+            module: its module; the hooks around the transfer of a batch, its own or its
+                DataModule's, are exchanged on the instance, so that they see their own batches
+                only.
             raw: the loader's data set without its transform.
             views: makes the views of a batch.
         """
         self.raw = raw
-        self._module = module
-        host_collate = training_loader(trainer).collate_fn
-        self._exchange = Exchange(trainer, raw, Collate(raw, host_collate))
-        before, move, after = (getattr(module, name) for name in HOOKS)
+        self._exchanged = Exchanges()
+        loader = training_loader(trainer)
+        host_collate = loader.collate_fn
+        owners = [hook_owner(trainer, module, name) for name in BATCH_HOOKS]
+        before, move, after = (
+            getattr(owner, name) for owner, name in zip(owners, BATCH_HOOKS, strict=True)
+        )
+        own, convert = batch_hooks(trainer, module), converter(trainer)
 
         def on_before_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
-            return batch if isinstance(batch, Batch) else before(batch, dataloader_idx)
+            if isinstance(batch, Batch):
+                return batch
+            if trainer.training:
+                raise UserError(stale(loader))
+            return before(batch, dataloader_idx)
 
         def transfer_batch_to_device(batch: Any, device: Any, dataloader_idx: int) -> Any:
             if isinstance(batch, Batch):
@@ -119,16 +188,18 @@ class LoaderHooks:
             return move(batch, device, dataloader_idx)
 
         def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
-            if isinstance(batch, Batch) and trainer.training:
-                sample = raw.with_views(batch.sample, views(batch))
-                batch = before(sample, dataloader_idx)
-            return after(batch, dataloader_idx)
+            if not isinstance(batch, Batch) or not trainer.training:
+                return after(batch, dataloader_idx)
+            sample = raw.with_views(batch.sample, [convert(view) for view in views(batch)])
+            for hook in own.values():
+                sample = hook(sample)
+            return sample
 
         hooks = (on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer)
-        vars(module).update(zip(HOOKS, hooks, strict=True))
+        for owner, name, hook in zip(owners, BATCH_HOOKS, hooks, strict=True):
+            self._exchanged.entry(vars(owner), name, hook)
+        self._exchanged.callback(Exchange(trainer, raw, Collate(raw, host_collate)).restore)
 
     def stop(self) -> None:
         """Give the module and the loader their own back."""
-        for name in HOOKS:
-            vars(self._module).pop(name, None)
-        self._exchange.restore()
+        self._exchanged.close()

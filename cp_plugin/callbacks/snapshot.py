@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,42 @@ from cp_plugin.attack.poison_file import read, write_atomically
 from cp_plugin.config.settings import UserError
 
 KEPT = 2
-"""A crash while writing leaves the snapshot of the checkpoint before."""
+"""The newest are kept whatever the checkpoints say: one of them is not written yet, and a crash
+while writing leaves the one before."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a snapshot and return the plain values that a checkpoint keeps of it."""
+def save(
+    folder: Path, step: int, tensors: dict[str, Tensor], checkpoints: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Write a snapshot and return the plain values that a checkpoint keeps of it.
+
+    Snapshots that no checkpoint names any more are removed.
+
+    Args:
+        folder: where snapshots are.
+        step: optimiser steps so far.
+        tensors: delta and keys.
+        checkpoints: folders of the run's checkpoints, beside `folder`.
+    """
     path = folder / f"delta-step={step:08d}.safetensors"
     write_atomically(path, tensors, {"step": str(step)})
-    for old in sorted(folder.glob("delta-step=*.safetensors"))[:-KEPT]:
-        old.unlink()
+    known = sorted(folder.glob("delta-step=*.safetensors"), key=lambda file: file.stat().st_mtime)
+    files = {file for place in {folder, *checkpoints} for file in place.rglob("*.ckpt")}
+    pickles = [_pickle(file) for file in files] if len(known) > KEPT else []
+    for old in known[:-KEPT]:
+        if not any(pickle is None or old.name.encode() in pickle for pickle in pickles):
+            old.unlink()
     return {"file": path.name, "sha256": _sha256(path)}
+
+
+def _pickle(checkpoint: Path) -> bytes | None:
+    """Return the small part of a checkpoint that holds its names, None where there is none."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return archive.read(name)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def load(folders: Sequence[Path], saved: dict[str, Any]) -> dict[str, Tensor]:

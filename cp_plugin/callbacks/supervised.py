@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,6 +16,7 @@ from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
 from cp_plugin.config.settings import AlternationConfig, UserError, given
 from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.supervised import AdversarialHost, SupervisedHost
 
@@ -58,7 +58,7 @@ class CraftErrorMin(CraftPoison):
                 "labelled images and this data set has no labels; use labelled data or +poison=cp."
             )
         context = trainer.precision_plugin.train_step_context
-        return self.host_class(pl_module, raw.with_views, (), context)
+        return self.host_class(pl_module, raw.with_views, (), context, trainer)
 
 
 class CraftTap(CraftErrorMin):
@@ -114,7 +114,7 @@ class CraftTap(CraftErrorMin):
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """One round: all steps of training, then every image once."""
         steps = max(1, int(trainer.estimated_stepping_batches))
-        batches = -(-len(loader.dataset) // (loader.batch_size or 1))  # type: ignore[arg-type]
+        batches = -(-len(loader.dataset) // batch_size_of(loader))  # type: ignore[arg-type]
         done = self.schedule.steps_done
         self._misled = False
         self.crafting.schedule = Schedule(1, steps, batches, self._chosen.pgd_steps, done)
@@ -148,8 +148,8 @@ class CraftTap(CraftErrorMin):
     def _mislead(self, trainer: Any, pl_module: Any) -> None:
         if self._misled or self.path.exists():
             return
-        losses = list(self.attack.noise_phase(self._every_image(trainer, pl_module), 0))
-        log.info("tap: mean loss of the misled surrogate %.4f", _mean(losses))
+        loss = self.crafting.noise_phase(self._every_image(trainer, pl_module), 0)
+        log.info("tap: mean loss of the misled surrogate %.4f", loss)
         self._misled = True
         # Where training was stopped early, the one model phase was so much shorter.
         self.schedule.model_steps = max(1, self.schedule.steps_done)
@@ -158,17 +158,13 @@ class CraftTap(CraftErrorMin):
         """Yield raw batches that hold each image once; the loader's own may drop the last ones."""
         own = training_loader(trainer)
         loader: DataLoader[Any] = DataLoader(
-            own.dataset, own.batch_size, num_workers=own.num_workers, collate_fn=own.collate_fn
+            own.dataset, batch_size_of(own), num_workers=own.num_workers, collate_fn=own.collate_fn
         )
         for batch in loader:
-            yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            yield moved(batch, pl_module.device)
 
 
 def _count_classes(dataset: Any) -> int:
     names, known = class_names(dataset), labels(dataset)
     assert known is not None
     return max(len(names or ()), int(known.max()) + 1)
-
-
-def _mean(losses: list[Tensor]) -> float:
-    return float(torch.stack(losses).mean())

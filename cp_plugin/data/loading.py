@@ -8,9 +8,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
+from cp_plugin.util.internals import LoaderIterator, forget_iterators
 
 
 def moved(batch: Batch, device: Any) -> Batch:
@@ -23,12 +25,52 @@ def moved(batch: Batch, device: Any) -> Batch:
     return batch._replace(images=images, sample=rebuilt(batch.sample, move))
 
 
+def check_batched(loader: DataLoader[Any]) -> None:
+    """Check that a loader makes batches by itself.
+
+    Raises:
+        UserError: it hands out what the data set returns, one sample or a batch that the data set
+            makes.
+    """
+    if loader.batch_sampler is None:
+        raise UserError(
+            f"the {type(loader).__name__} has batch_size=None and no batch_sampler, so that the "
+            "data set makes the batches, and no row of it is known to belong to an image; give the "
+            "loader a batch_size or a batch_sampler, and let the data set return one image a row."
+        )
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Return how many images a batch has at most, as far as the loader or its sampler says."""
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return int(size) if size else -(-len(loader.dataset) // max(1, len(loader)))  # type: ignore[arg-type]
+
+
+def unwrapped(loader: Any) -> Any:
+    """Return the loader inside one that a framework has wrapped (Accelerate's, Fabric's).
+
+    Such a wrapper moves batches to a device and counts them; the loader in it has data set, sampler
+    and collate function.
+    """
+    held = getattr(loader, "__dict__", {})
+    inside = [value for value in held.values() if isinstance(value, DataLoader)]
+    return unwrapped(inside[0]) if len(inside) == 1 else loader
+
+
+def renew_iterators(loader: DataLoader[Any]) -> None:
+    """Remake the iterators that a loader keeps: they hold the data set that they began with."""
+    forget_iterators(loader)
+    kept = [name for name, value in vars(loader).items() if isinstance(value, LoaderIterator)]
+    for name in kept:
+        vars(loader)[name] = DataLoader.__iter__(loader)
+
+
 def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:
     """Return a copy of a loader that brings raw batches of its raw data set."""
     own = copy.copy(loader)
     object.__setattr__(own, "dataset", raw)
     own.collate_fn = Collate(raw, loader.collate_fn)
-    own._iterator = None
+    renew_iterators(own)
     return own
 
 
@@ -46,6 +88,6 @@ class Collate:
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield the loader's batches, epoch after epoch, apart from any other use of the loader."""
     own = copy.copy(loader)  # persistent workers serve one iteration at a time
-    own._iterator = None
+    renew_iterators(own)
     while True:
         yield from own

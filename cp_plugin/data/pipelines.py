@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cp_plugin.util.internals import own_modules
+
 
 def dotted_name(cls: type) -> str:
     """Return module and name of a class."""
@@ -168,8 +170,7 @@ def _recording(host: Any, image: Image.Image) -> Any:
     held = 0
     places = [vars(other)]
     if isinstance(host, torch.nn.Module):  # keeps transforms that are modules in a table
-        vars(other)["_modules"] = dict(host._modules)
-        places.append(vars(other)["_modules"])
+        places.append(own_modules(other, host))
     for place in places:
         for name, value in list(place.items()):
             if isinstance(value, (list, tuple)) and value and all(map(_is_of_host, value)):

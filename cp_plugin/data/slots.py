@@ -47,11 +47,14 @@ class MarkerPart:
     source: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Place:
-    """Where views belong in a collated sample; no tensor, so no device is asked for it."""
+    """Where views belong in a collated sample; no tensor, so no device is asked for it.
 
-    number: int
+    Nor is it a dataclass: trainers take these apart.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def find(sample: Any) -> list[ViewMarker | MarkerPart]:
@@ -136,7 +139,7 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)(*(rebuilt(item, change) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(rebuilt(item, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, MarkerPart, Place)):
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, MarkerPart)):
         fields = {
             field.name: rebuilt(getattr(value, field.name), change)
             for field in dataclasses.fields(value)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from cp_plugin.config.defences import DpSgdConfig
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.internals import BatchNormBase
 
 FEWEST = 16
 """Images a batch on average; with fewer, Poisson sampling may draw none."""
@@ -43,7 +44,7 @@ def with_group_norm(module: nn.Module) -> nn.Module:
     """
     if type(module) in BATCH_NORMS:
         return _group_norm(module)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, BatchNormBase):
         raise UserError(
             f"defence=dp_sgd cannot exchange {type(module).__name__} for group normalisation; use "
             "a backbone with plain BatchNorm (timm/resnet18) or without any (a timm ViT)."

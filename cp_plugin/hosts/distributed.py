@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from cp_plugin.util.undo import Exchanges
+
 
 class Share(NamedTuple):
     """Which of the images of all processes are this process's own."""
@@ -90,11 +92,9 @@ def gather_with_gradient(opens: Callable[[Tensor], bool]) -> Iterator[None]:
             tensor_list[:] = _Gather.apply(tensor, original, group)
         return None
 
-    dist.all_gather = all_gather
-    try:
+    with Exchanges() as exchanged:
+        exchanged.attribute(dist, "all_gather", all_gather)
         yield
-    finally:
-        dist.all_gather = original
 
 
 class _Gather(torch.autograd.Function):

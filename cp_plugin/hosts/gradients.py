@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.hosts.distributed import gather_with_gradient
@@ -35,7 +34,6 @@ from cp_plugin.hosts.lineage import (
     dependent_in,
     drop_graphs,
     graph_below,
-    is_compiled,
     is_node_of,
     roles_of,
     storage_of,
@@ -43,6 +41,17 @@ from cp_plugin.hosts.lineage import (
     written_by,
 )
 from cp_plugin.hosts.state import StateGuard, preserve_state
+from cp_plugin.util.internals import (
+    COMPILED_CALL,
+    compiled_call,
+    is_compiled,
+    pop_function_mode,
+    push_function_mode,
+    pushed_function_modes,
+    tree_map,
+    without_torch_functions,
+)
+from cp_plugin.util.undo import Exchanges
 
 log = logging.getLogger("cp_plugin")
 
@@ -142,9 +151,12 @@ class MomentumGradients(TorchFunctionMode):
         self.momentum_modules = tuple(momentum_modules)
         self.lineage = Lineage()
         """What the branches returned since the context was entered."""
+        self.nudges: dict[int, Callable[[Any], Any]] = {}
+        """Changes of networks' outputs, by the networks' identity: for checks."""
         self._branch_memory: set[int] = set()
         self._roles = roles_of(module, self.momentum_modules, classifiers)
-        self._patched: list[tuple[nn.Module, str, Any]] = []
+        self.exchanged = Exchanges()
+        """Calls of networks, and of `all_gather`, while the context is open."""
         self._in_network = False
         self._told = False
 
@@ -155,23 +167,16 @@ class MomentumGradients(TorchFunctionMode):
         if self.momentum_modules:
             for module, role in self._roles:
                 self._patch(module, role)
-            torch._C._push_on_torch_function_stack(self)
-            self._gather = gather_with_gradient(self._gathers)
-            self._gather.__enter__()
+            push_function_mode(self)
+            self.exchanged.callback(pop_function_mode)
+            self.exchanged.enter_context(gather_with_gradient(self._gathers))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop intercepting, unwrap the networks, leave no graph in the host's state."""
         if not self.momentum_modules:
             return
-        self._gather.__exit__(None, None, None)
-        torch._C._pop_torch_function_stack()
-        for module, name, own in reversed(self._patched):
-            if own is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = own
-        self._patched.clear()
+        self.exchanged.close()
         drop_graphs(self.module, self.lineage)
 
     def __torch_function__(
@@ -264,14 +269,9 @@ class MomentumGradients(TorchFunctionMode):
         return any(target.requires_grad or storage_of(target) in own for target in targets)
 
     def _patch(self, module: nn.Module, role: Role) -> None:
-        name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        name = "forward" if compiled_call(module) is None else COMPILED_CALL
         call = Patched(self, module, getattr(module, name), role, is_compiled(module))
-        self.keep(module, name, module.__dict__.get(name))
-        module.__dict__[name] = call
-
-    def keep(self, module: nn.Module, name: str, own: Any) -> None:
-        """Note what a patched attribute was, None where there was none."""
-        self._patched.append((module, name, own))
+        self.exchanged.entry(vars(module), name, call)
 
     def call(
         self, original: Callable[..., Any], role: Role, compiled: bool, args: Any, kwargs: Any
@@ -286,7 +286,7 @@ class MomentumGradients(TorchFunctionMode):
             on_momentum = role == "online" and "momentum" in origins
             if not on_momentum or compiled:
                 if role == "classifier":
-                    args, kwargs = tree_map(_detached, (args, kwargs))
+                    args, kwargs = tree_map(blank if self.nudges else _detached, (args, kwargs))
                 opens = on_momentum or (role == "momentum" and bool(origins - {"online"}))
                 with torch.set_grad_enabled(torch.is_grad_enabled() or opens):
                     output = original(*args, **kwargs)
@@ -298,22 +298,27 @@ class MomentumGradients(TorchFunctionMode):
     @contextmanager
     def _uninterrupted(self) -> Iterator[None]:
         """Take the mode off the stack: networks and compilers see what they always see."""
-        depth = torch._C._len_torch_function_stack()
-        mode = torch._C._pop_torch_function_stack() if depth else None
+        mode = pop_function_mode() if pushed_function_modes() else None
         if mode is not None and mode is not self:
-            torch._C._push_on_torch_function_stack(mode)
+            push_function_mode(mode)
         self._in_network = True
         try:
-            with torch._C.DisableTorchFunction() if mode not in (self, None) else nullcontext():
+            with without_torch_functions() if mode not in (self, None) else nullcontext():
                 yield
         finally:
             self._in_network = False
             if mode is self:
-                torch._C._push_on_torch_function_stack(self)
+                push_function_mode(self)
 
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def blank(value: Any) -> Any:
+    """Return zeros for a tensor of numbers: what reads them reads nothing."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return torch.zeros_like(value) if is_float else value
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +15,12 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.module import ModuleHost
+from cp_plugin.hosts.protocol import answer
+from cp_plugin.util.internals import trainer_of
 
-BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""In the order in which Lightning calls them, on the module or its DataModule."""
+LIGHTNING = ("lightning", "pytorch_lightning")
 
 
 class LightningHost(ModuleHost):
@@ -37,6 +42,7 @@ class LightningHost(ModuleHost):
         with_views: Callable[[Any, Sequence[Tensor]], Any],
         momentum_modules: str | Sequence[str] = "auto",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        trainer: Any = None,
     ) -> None:
         """Wrap a module.
 
@@ -46,12 +52,19 @@ class LightningHost(ModuleHost):
             with_views: puts views into a collated sample, see `RawDataset.with_views`.
             momentum_modules: names of the momentum branch's modules, or `auto`.
             precision: makes the context that casts as the trainer does.
+            trainer: the Lightning trainer, whose DataModule may have hooks for batches and whose
+                precision may be truly half or double.
 
         Raises:
             UserError: `momentum_modules` names no network of the module.
         """
         super().__init__(module, type(module).__name__, momentum_modules, precision)
         self._with_views = with_views
+        self._images: Tensor | None = None
+        self._number = -1
+        """How many batches were asked for, after the first one."""
+        self._hooks = batch_hooks(trainer, module)
+        self._convert = converter(trainer)
         self._takes_index = _takes_index(module.training_step)
 
     def check(self, views: int) -> None:
@@ -68,7 +81,7 @@ class LightningHost(ModuleHost):
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
-    ) -> None:
+    ) -> bool:
         """Watch one step: it shows what the momentum branch is, and whether labels stay outside.
 
         To be called once, on the first batch. The module is left as it was.
@@ -78,18 +91,29 @@ class LightningHost(ModuleHost):
             batch: what they were made of.
             labels: int64 (B), the data set's labels of these images, if it has any.
 
+        Returns:
+            Whether the step had a loss; if not, another batch has to show.
+
         Raises:
             UserError: the gradient with respect to the views depends on the labels.
         """
-        for request in self.branch.detecting(self.method, views, batch, labels):
-            request.on_loss(self.loss(request.views, request.batch))
+        answer(self.branch.detecting(self.method, views, batch, labels), self)
+        return self.branch.known
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Return the loss of the module's own `training_step` on these views."""
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
+        """Return the loss of the module's own `training_step` on these views.
+
+        None: it returned none, so that this batch is left out.
+        """
         module: Any = self.module
-        index = (_batch_index(module),) if self._takes_index else ()
+        if batch.images is not self._images:
+            self._images, self._number = batch.images, self._number + 1
+        # The trainer stands still meanwhile; a step that treats batches by number must see others.
+        index = (_batch_index(module) + self._number,) if self._takes_index else ()
         with self._precision(), self.branch.readers_detached():
             output = module.training_step(self._own_batch(views, batch), *index)
+        if output is None:
+            return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise UserError(
@@ -100,12 +124,56 @@ class LightningHost(ModuleHost):
 
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         """Return the batch as the module gets it from its trainer, its own hooks included."""
-        sample = self._with_views(batch.sample, views)
-        for name in BATCH_HOOKS:
-            own = getattr(type(self.module), name, None)
-            if own is not None:
-                sample = own(self.module, sample, 0)
+        sample = self._with_views(batch.sample, [self._convert(view) for view in views])
+        for hook in self._hooks.values():
+            sample = hook(sample)
         return sample
+
+
+def hook_owner(trainer: Any, module: Any, name: str) -> Any:
+    """Return whose hook for batches Lightning calls: the DataModule's where it has its own.
+
+    Where nobody has, it is the DataModule's too, so that one exchanged on it is found.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and (_has_own(datamodule, name) or not _has_own(module, name)):
+        return datamodule
+    return module
+
+
+def batch_hooks(trainer: Any, module: Any) -> dict[str, Callable[[Any], Any]]:
+    """Return the hooks that a batch on its way to a module passes, by name, as they were written.
+
+    Args:
+        trainer: a Lightning trainer, or None.
+        module: its module.
+    """
+    hooks: dict[str, Callable[[Any], Any]] = {}
+    for name in BATCH_HOOKS:
+        owner = hook_owner(trainer, module, name)
+        if _has_own(owner, name):
+            own = getattr(type(owner), name)  # not the instance's, which may be exchanged
+            between = (module.device,) if name == "transfer_batch_to_device" else ()
+            hooks[name] = functools.partial(_call, own, owner, between)
+    return hooks
+
+
+def converter(trainer: Any) -> Callable[[Any], Any]:
+    """Return what casts a batch as a trainer does whose precision is truly half or double."""
+    return _same if trainer is None else trainer.precision_plugin.convert_input
+
+
+def _call(own: Callable[..., Any], owner: Any, between: tuple[Any, ...], sample: Any) -> Any:
+    return own(owner, sample, *between, 0)
+
+
+def _has_own(owner: Any, name: str) -> bool:
+    hook = getattr(type(owner), name, None)
+    return hook is not None and hook.__module__.partition(".")[0] not in LIGHTNING
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _takes_index(training_step: Callable[..., Any]) -> bool:
@@ -117,6 +185,6 @@ def _takes_index(training_step: Callable[..., Any]) -> bool:
 
 def _batch_index(module: Any) -> int:
     """Return the number of the batch that the trainer is at."""
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     loop = getattr(trainer, "fit_loop", None)
     return max(0, int(getattr(loop, "batch_idx", 0)))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from cp_plugin.util.internals import compiled_module, is_compiled, registered
+from cp_plugin.util.undo import Exchanges
 
 Role = Literal["momentum", "online", "classifier"]
 Origin = Literal["momentum", "online", "view"]
@@ -43,7 +47,7 @@ def roles_of(
     for key, candidate in every.items():
         if key in compiled or candidate is module:
             continue
-        original = id(getattr(candidate, "_orig_mod", candidate))
+        original = id(compiled_module(candidate))
         if key in of_momentum or original in of_momentum:
             roles.append((candidate, "momentum"))
         elif key in of_classifiers or original in of_classifiers:
@@ -64,9 +68,10 @@ class Caller(Protocol):
         """Call a network as its role asks."""
         ...
 
-    def keep(self, module: nn.Module, name: str, own: Any) -> None:
-        """Note what a patched attribute was, None where there was none."""
-        ...
+    nudges: dict[int, Callable[[Any], Any]]
+    """What changes a network's output a little, by the network's identity: for checks."""
+    exchanged: Exchanges
+    """What undoes the exchange of a network's call."""
 
 
 class Patched:
@@ -86,17 +91,21 @@ class Patched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network as its role asks."""
-        return self._caller.call(self.__wrapped__, self._role, self._compiled, args, kwargs)
+        output = self._caller.call(self.__wrapped__, self._role, self._compiled, args, kwargs)
+        nudge = self._caller.nudges.get(id(self._module))
+        return output if nudge is None else nudge(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patched | None:
         """Return what stands in a copy that a step makes of a network: a new momentum branch."""
         copied = memo.get(id(self._module))
         if copied is None or self._compiled:
             return None
-        self._caller.keep(copied, "forward", None)
         original = type(copied).forward.__get__(copied)
         role: Role = "classifier" if self._role == "classifier" else "momentum"
-        return Patched(self._caller, copied, original, role, False)
+        call = Patched(self._caller, copied, original, role, False)
+        # The copy's own attributes are filled in only now, with this very call among them.
+        self._caller.exchanged.callback(vars(copied).pop, "forward", None)
+        return call
 
 
 class Lineage:
@@ -142,19 +151,15 @@ class Lineage:
 def drop_graphs(module: nn.Module, lineage: Lineage) -> None:
     """Detach what a host keeps: buffers, and attributes that come from the momentum branch."""
     for child in module.modules():
-        for place in (child._buffers, child.__dict__):
+        _, buffers, _ = registered(child)
+        for place in (buffers, child.__dict__):
             for name, value in place.items():
                 if (
                     isinstance(value, Tensor)
                     and value.grad_fn is not None
-                    and (place is child._buffers or lineage.origin(value) == "momentum")
+                    and (place is buffers or lineage.origin(value) == "momentum")
                 ):
                     place[name] = value.detach()
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` or `Module.compile` was applied to this very module."""
-    return module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -195,6 +200,27 @@ def graph_below(roots: Iterable[Any]) -> set[Any]:
         if node is not None and node not in seen:
             seen.add(node)
             todo.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def graph_above(nodes: Iterable[Any]) -> dict[Any, list[Any]]:
+    """Return, for the nodes of a graph, those that use what each of them gives."""
+    above: dict[Any, list[Any]] = defaultdict(list)
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                above[parent].append(node)
+    return above
+
+
+def nodes_from(starts: Iterable[Any], above: Mapping[Any, Sequence[Any]]) -> set[Any]:
+    """Return every node that depends on one of the given ones, these included."""
+    todo, seen = list(starts), set()
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(above.get(node, ()))
     return seen
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.branch import Branch
+from cp_plugin.hosts.momentum import find_momentum_modules, inside
 from cp_plugin.hosts.observe import named_networks
+from cp_plugin.hosts.protocol import LossRequests
 
 ENCODER_NAMES = (
     (
@@ -54,9 +56,24 @@ class ModuleHost:
         """Dotted name of the encoder; None: the first under the usual names."""
         self._precision = precision
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
         """Return the loss of the views; each kind of host has its own way to it."""
         raise NotImplementedError
+
+    def checking_labels(
+        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None
+    ) -> LossRequests:
+        """Check, on one batch, that the gradient of the views is the same whatever labels are.
+
+        Args:
+            views: V views, each float (B, C, h, w).
+            batch: what they were made of.
+            labels: int64 (B), the data set's labels of these images, if it has any.
+
+        Raises:
+            UserError: it is not.
+        """
+        return self.branch.checking_labels(self.method, views, batch, labels)
 
     @property
     def _momentum(self) -> dict[str, nn.Module]:
@@ -107,11 +124,14 @@ class ModuleHost:
                     f"{', '.join(name for name in networks if '.' not in name)}."
                 )
             return networks[self.encoder_name]
-        for names in ENCODER_NAMES:
-            for wanted in names:
-                for name, network in networks.items():
-                    if name.rpartition(".")[2] == wanted and not _is_container(network):
-                        return network
+        momentum = {**find_momentum_modules(self.module), **self.branch.found}
+        online = {name: net for name, net in networks.items() if not inside(name, momentum)}
+        for known in (online, networks):
+            for names in ENCODER_NAMES:
+                for wanted in names:
+                    for name, network in known.items():
+                        if name.rpartition(".")[2] == wanted and not _is_container(network):
+                            return network
         raise UserError(
             f"{self.method} has no encoder under the usual names "
             f"({', '.join(ENCODER_NAMES[0])}); name it with KNNMonitor(encoder=…)."
@@ -125,11 +145,18 @@ class ModuleHost:
         encoder.eval()
         try:
             with self._precision():
-                features: Tensor = encoder(images_BCHW)
+                features: Tensor = encoder(_of_weights(images_BCHW, encoder))
         finally:
             for child, training in modes.items():
                 child.training = training
         return features.flatten(1).float()
+
+
+def _of_weights(images: Tensor, encoder: nn.Module) -> Tensor:
+    """Return images in the type of an encoder's weights: half or double where they truly are."""
+    weights = (weight for weight in encoder.parameters() if weight.is_floating_point())
+    first = next(weights, None)
+    return images if first is None else images.to(first.dtype)
 
 
 def _is_container(network: nn.Module) -> bool:

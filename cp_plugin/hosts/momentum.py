@@ -55,7 +55,7 @@ def find_momentum_modules(
     counterparts = _counterparts(known)
     found: dict[str, nn.Module] = {}
     for name, candidate in known.items():
-        if _inside(name, found) or _sees_labels(name, known):
+        if inside(name, found) or _sees_labels(name, known):
             continue
         others = counterparts[name]
         frozen = not _trains(candidate) and any(_trains(known[other]) for other in others)
@@ -82,7 +82,7 @@ def confirmed_branch(module: nn.Module, observation: Observation) -> dict[str, n
     counterparts = _counterparts(known)
     found: dict[str, nn.Module] = {}
     for name, candidate in known.items():
-        if _inside(name, found) or _sees_labels(name, known):
+        if inside(name, found) or _sees_labels(name, known):
             continue
         if not observation.ran(candidate) or observation.trains(candidate):
             continue
@@ -176,7 +176,8 @@ def _sees_labels(name: str, known: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _inside(name: str, found: Mapping[str, nn.Module]) -> bool:
+def inside(name: str, found: Mapping[str, nn.Module]) -> bool:
+    """Whether a dotted name is one of those given, or lies below one."""
     return any(parent in found for parent in _prefixes(name))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.attributes import FRAMEWORKS
-from cp_plugin.hosts.lineage import graph_below, is_compiled, tensors_in
+from cp_plugin.hosts.lineage import graph_above, graph_below, nodes_from, tensors_in
+from cp_plugin.hosts.protocol import LossRequest, LossRequests
 from cp_plugin.hosts.state import preserve_state
+from cp_plugin.util.internals import TRAINER_NAMES, is_compiled, registered, version
 
 
 @dataclass
@@ -26,6 +28,12 @@ class Observation:
     """Parameters that the loss trains."""
     connected: set[int] = field(default_factory=set)
     """Units with an output from which a gradient path leads to the loss."""
+    borrowed: set[int] = field(default_factory=set)
+    """Units that ran without gradient on weights that are not their own."""
+    bare_readers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Trained parameters of no network, owner and name, that only read what is cut from views."""
+    shown: bool = False
+    """Whether the step had a loss."""
     written: set[int] = field(default_factory=set)
     """Parameters that the step itself wrote."""
 
@@ -55,21 +63,6 @@ class Observation:
         ]
 
 
-class LossRequest(NamedTuple):
-    """A loss that is asked for: whoever can compute it does, and shows it to `look` at once."""
-
-    views: Sequence[Tensor]
-    """V views, each float (B, C, h, w)."""
-    batch: Batch
-    """What they were made of."""
-    on_loss: Callable[[Tensor], None]
-    """To be called with the loss before anything else runs."""
-
-
-LossRequests = Iterator[LossRequest]
-"""Work that needs losses: the host stays prepared while a request is open, then it is put back."""
-
-
 def observing(
     module: nn.Module, views: Sequence[Tensor], batch: Batch, seen: Observation
 ) -> LossRequests:
@@ -84,35 +77,44 @@ def observing(
     outputs: list[tuple[nn.Module, Any]] = []
 
     def note(unit: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        weights = registered(unit)[0].values()
+        if any(w is not None and id(w) not in own for w in weights) and not any(
+            w.requires_grad for w in weights if w is not None
+        ):
+            seen.borrowed.add(id(unit))
         inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         carries = any(t.requires_grad and not isinstance(t, nn.Parameter) for t in inputs)
         seen.calls.setdefault(id(unit), []).append(carries)
         outputs.extend((unit, tensor.grad_fn) for tensor in _outputs(output))
 
-    def on_loss(loss: Tensor) -> None:
+    def on_loss(loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False) -> None:
+        seen.shown = True
         below = graph_below([loss])
         known = _replaced(networks, named_networks(module))
         trained = (id(node.variable) for node in below if hasattr(node, "variable"))
-        seen.trained = {known.get(key, key) for key in trained}
+        seen.trained |= {known.get(key, key) for key in trained}
         connected = (id(unit) for unit, node in outputs if node is not None and node in below)
-        seen.connected = {known.get(key, key) for key in connected}
+        seen.connected |= {known.get(key, key) for key in connected}
         for key in known.keys() & seen.calls.keys():
             seen.calls.setdefault(known[key], []).extend(seen.calls.pop(key))
+        seen.bare_readers += _bare_readers(module, seen, below, leaves)
         after = _states(units.values())
-        seen.written = {key for key, state in after.items() if before.get(key, state) != state}
+        seen.written |= {key for key, state in after.items() if before.get(key, state) != state}
 
     networks = named_networks(module)
     units = {id(u): u for network in networks.values() for u in units_in(network)}
     with preserve_state(module, freeze=False), torch.enable_grad():
         module.eval()
+        own = {id(p) for p in module.parameters()} | {
+            id(p) for unit in units.values() for p in unit.parameters()
+        }
+        leaves = [view.detach().requires_grad_() for view in views]
         before = _states(units.values())
         hooks: list[RemovableHandle] = [
             unit.register_forward_hook(note, with_kwargs=True) for unit in units.values()
         ]
         try:
-            yield LossRequest(
-                [view.detach().requires_grad_().clone() for view in views], batch, on_loss
-            )
+            yield LossRequest([leaf.clone() for leaf in leaves], batch, on_loss)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -148,7 +150,7 @@ def units_in(network: nn.Module) -> Iterator[nn.Module]:
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from module.named_children()
-    registered = set(vars(nn.Module())) | {"_trainer", "_fabric"}
+    registered = set(vars(nn.Module())) | set(TRAINER_NAMES)
     for name, value in vars(module).items():
         if name not in registered:
             yield from _hidden(name, value)
@@ -169,6 +171,44 @@ def _hidden(name: str, value: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{key}", item
 
 
+LINEAR = frozenset(
+    {"AddBackward0", "SubBackward0", "NegBackward0", "SumBackward0", "MeanBackward0"}
+    | {"StackBackward0", "CatBackward0", "ToCopyBackward0", "CloneBackward0", "ViewBackward0"}
+)
+"""Graph nodes through which two terms of a loss pass without changing each other's gradient."""
+SCALING = frozenset({"MulBackward0", "DivBackward0"})
+"""Linear where one side alone has a gradient."""
+
+
+def _bare_readers(
+    module: nn.Module, seen: Observation, below: set[Any], leaves: Sequence[Tensor]
+) -> list[tuple[nn.Module, str]]:
+    """Return parameters outside networks that meet the views only where terms are added up."""
+    bare = {
+        id(parameter): (owner, name)
+        for owner in module.modules()
+        if owner is module or not seen.calls.get(id(owner))
+        for name, parameter in registered(owner)[0].items()
+        if parameter is not None and id(parameter) in seen.trained
+    }
+    if not bare:
+        return []
+    above = graph_above(below)
+    collected = {id(node.variable): node for node in below if hasattr(node, "variable")}
+    views = [collected[id(leaf)] for leaf in leaves if id(leaf) in collected]
+    dependent = nodes_from(views, above)
+    return [
+        place
+        for key, place in bare.items()
+        if all(_is_linear(node) for node in nodes_from([collected[key]], above) & dependent)
+    ]
+
+
+def _is_linear(node: Any) -> bool:
+    parents = [parent for parent, _ in node.next_functions if parent is not None]
+    return node.name() in LINEAR or (node.name() in SCALING and len(parents) == 1)
+
+
 def _replaced(before: dict[str, nn.Module], now: dict[str, nn.Module]) -> dict[int, int]:
     """Return, for units and parameters that a step has put in others' places, whose places."""
     found: dict[int, int] = {}
@@ -184,7 +224,7 @@ def _replaced(before: dict[str, nn.Module], now: dict[str, nn.Module]) -> dict[i
 def _states(units: Iterable[nn.Module]) -> dict[int, tuple[int, int]]:
     """Return what changes when a parameter is written to, in place or through `.data`."""
     parameters = (parameter for unit in units for parameter in unit.parameters())
-    return {id(p): (p._version, p.data_ptr()) for p in parameters}
+    return {id(p): (version(p), p.data_ptr()) for p in parameters}
 
 
 def _outputs(output: Any) -> Iterator[Tensor]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.internals import NormBase
 
 
 class RunningMomentum:
@@ -84,7 +84,7 @@ class RunningMomentum:
     def _running(self) -> Iterator[tuple[str, Tensor]]:
         module: nn.Module = self._host.module
         for prefix, child in module.named_modules():
-            if isinstance(child, _NormBase):
+            if isinstance(child, NormBase):
                 continue
             for name, buffer in child.named_buffers(recurse=False):
                 yield f"buffer {prefix}.{name}", buffer

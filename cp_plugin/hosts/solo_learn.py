@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.protocol import answer
+from cp_plugin.util.undo import Exchanges
 
 log = logging.getLogger("cp_plugin")
 
@@ -78,6 +80,7 @@ class SoloHost(LightningHost):
         with_views: Callable[[Any, Sequence[Tensor]], Any],
         momentum_modules: str | Sequence[str] = "auto",
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        trainer: Any = None,
     ) -> None:
         """Wrap a method; the arguments are those of `LightningHost`.
 
@@ -85,7 +88,7 @@ class SoloHost(LightningHost):
             UserError: `momentum_modules` names no submodule.
         """
         auto = momentum_modules == "auto"
-        super().__init__(module, with_views, () if auto else momentum_modules, precision)
+        super().__init__(module, with_views, () if auto else momentum_modules, precision, trainer)
         self.method = str(module.cfg.method)
         self.backbone_name = str(module.backbone_name)
         if auto:
@@ -115,9 +118,17 @@ class SoloHost(LightningHost):
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
-    ) -> None:
-        """Say what the momentum branch is; the method has named it, so no step is watched."""
+    ) -> bool:
+        """Say what the momentum branch is, as the method names it; check that labels stay outside.
+
+        Raises:
+            UserError: the gradient with respect to the views depends on the labels, or a path of
+                the momentum branch to the loss cannot be followed.
+        """
         log.info("momentum branch of %s: %s", self.method, ", ".join(self._momentum) or "none")
+        answer(self.branch.checking_paths(self.method, views, batch), self)
+        answer(self.checking_labels(views, batch, labels), self)
+        return True
 
     def momentum_modules(self) -> Sequence[nn.Module]:
         """Return the modules of the momentum branch."""
@@ -130,7 +141,7 @@ class SoloHost(LightningHost):
             self.module.momentum_updater.update(online, momentum)  # type: ignore[operator,union-attr]
         return bool(pairs)
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
         """Return the self-supervised loss of the method's own `training_step` on these views.
 
         Raises:
@@ -156,18 +167,12 @@ def _momentum_branch(module: Any) -> dict[str, nn.Module]:
 @contextmanager
 def _without_classifiers(module: Any) -> Iterator[None]:
     """Let the classifiers' losses count nothing, and the method's own kNN remember nothing."""
-    own = vars(module)
-    before = {name: own[name] for name in (*CLASSIFIER_STEPS, "knn_eval") if name in own}
-    for name in CLASSIFIER_STEPS:
-        if hasattr(module, name):
-            own[name] = _losing_nothing(getattr(module, name))
-    own["knn_eval"] = False
-    try:
+    with Exchanges() as exchanged:
+        for name in CLASSIFIER_STEPS:
+            if hasattr(module, name):
+                exchanged.entry(vars(module), name, _losing_nothing(getattr(module, name)))
+        exchanged.entry(vars(module), "knn_eval", False)
         yield
-    finally:
-        for name in (*CLASSIFIER_STEPS, "knn_eval"):
-            own.pop(name, None)
-        own.update(before)
 
 
 @contextmanager

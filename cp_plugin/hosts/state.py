@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cp_plugin.hosts.attributes import Attributes, RandomState, restore_dict
+from cp_plugin.util.internals import copy_all, is_view, registered, trainer_of, version
+from cp_plugin.util.undo import Exchanges
 
 
 def preserve_state(module: nn.Module, freeze: bool = True) -> StateGuard:
@@ -57,7 +59,7 @@ class StateGuard:
             parameter.grad = None
             if self._freeze:
                 parameter.requires_grad_(False)
-        self._silence = _Silence(modules)
+        self._silence = _silenced(modules)
         return self
 
     def restore(self) -> None:
@@ -71,7 +73,7 @@ class StateGuard:
 
     def __exit__(self, *_: object) -> None:
         """Put everything back."""
-        self._silence.undo()
+        self._silence.close()
         self._attributes.restore()
         self._tensors.restore(every=True)
         for module, training in self._training:
@@ -86,12 +88,7 @@ class _Tensors:
     """Parameters, buffers and other tensors: which object hangs where, and what is in it."""
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Tensor]) -> None:
-        self._places = [
-            (place, dict(place))
-            for m in modules
-            for place in (m._parameters, m._buffers, m._modules)
-            if place
-        ]
+        self._places = [(place, dict(place)) for m in modules for place in registered(m) if place]
         found: dict[int, Tensor] = {}
         for _, entries in self._places:
             found |= {id(t): t for t in entries.values() if isinstance(t, Tensor)}
@@ -102,7 +99,7 @@ class _Tensors:
         self._aliases = [t.data for t in self._owners]
         self._memory = [_without_repeats(t) for t in self._aliases]
         self._saved = [t.clone() for t in self._memory]
-        self._versions = [t._version for t in self._owners]
+        self._versions = [version(t) for t in self._owners]
         self._changing: set[int] | None = None
 
     @torch.no_grad()
@@ -115,13 +112,13 @@ class _Tensors:
             changed = sorted(self._hidden_changes(set(changed)).union(changed))
         _copy([self._memory[i] for i in changed], [self._saved[i] for i in changed])
         for index in changed:
-            self._versions[index] = self._owners[index]._version
+            self._versions[index] = version(self._owners[index])
 
     def _rebind(self, index: int) -> bool:
         """Give an owner its memory back; return whether there are signs of a change."""
         owner, alias = self._owners[index], self._aliases[index]
-        changed = owner._version != self._versions[index] or not owner.is_cpu
-        if owner.grad_fn is not None and not owner._is_view():  # torch detaches no view in place
+        changed = version(owner) != self._versions[index] or not owner.is_cpu
+        if owner.grad_fn is not None and not is_view(owner):  # torch detaches no view in place
             owner.detach_()
         if _memory_of(owner) != _memory_of(alias):
             owner.data = alias
@@ -139,29 +136,18 @@ class _Tensors:
         return self._changing
 
 
-class _Silence:
-    """Logging does nothing from now on, until `undo`."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        loggers = [m for m in modules if hasattr(type(m), "log_dict")]
-        self._names = [vars(module) for module in loggers]
-        self._before = [
-            {k: v for k, v in names.items() if k in ("log", "log_dict")} for names in self._names
-        ]
-        for names in self._names:
-            names.update(log=_no_log, log_dict=_no_log)
-        trainers = {id(t): t for names in self._names if (t := names.get("_trainer")) is not None}
-        self._trainers = [(t, t.loggers) for t in trainers.values() if getattr(t, "loggers", None)]
-        for trainer, _ in self._trainers:
-            trainer.loggers = [_dummy_logger(trainer)]
-
-    def undo(self) -> None:
-        """Log again."""
-        for names, before in zip(self._names, self._before, strict=True):
-            del names["log"], names["log_dict"]
-            names.update(before)
-        for trainer, before in self._trainers:
-            trainer.loggers = before
+def _silenced(modules: Iterable[nn.Module]) -> Exchanges:
+    """Let logging do nothing until what is returned is closed."""
+    exchanged = Exchanges()
+    loggers = [module for module in modules if hasattr(type(module), "log_dict")]
+    for module in loggers:
+        for name in ("log", "log_dict"):
+            exchanged.entry(vars(module), name, _no_log)
+    trainers = {id(trainer): trainer for trainer in map(trainer_of, loggers)}
+    for trainer in trainers.values():
+        if getattr(trainer, "loggers", None):
+            exchanged.attribute(trainer, "loggers", [_dummy_logger(trainer)])
+    return exchanged
 
 
 def _no_log(*_: Any, **__: Any) -> None:
@@ -205,4 +191,4 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         group[0].append(target)
         group[1].append(source)
     for into, values in groups.values():
-        torch._foreach_copy_(into, values)
+        copy_all(into, values)

@@ -11,6 +11,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.protocol import LossRequests
 
 
 class SupervisedHost(LightningHost):
@@ -29,8 +30,15 @@ class SupervisedHost(LightningHost):
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
-    ) -> None:
+    ) -> bool:
         """Take the module as it is: it has no momentum branch, and labels are meant to count."""
+        return True
+
+    def checking_labels(
+        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None
+    ) -> LossRequests:
+        """Check nothing: the labels are meant to count."""
+        return iter(())
 
 
 class AdversarialHost(SupervisedHost):
@@ -42,10 +50,10 @@ class AdversarialHost(SupervisedHost):
     target_classes: int | None = None
     """Number of classes, for the cross-entropy with the next class; None: away from the own one."""
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor:
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
         """Return the cross-entropy with the next class, or the own class's with a minus."""
         found = super().loss(views, batch)
-        return -found if self.target_classes is None else found
+        return -found if found is not None and self.target_classes is None else found
 
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         own = super()._own_batch(views, batch)

@@ -20,6 +20,7 @@ from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
 from cp_plugin.integrations.job import Job
 from cp_plugin.util.paths import shipped
+from cp_plugin.util.undo import Exchanges
 
 OWN_APPLICATION = "cp_plugin.apps.hydra_app"
 PROVIDER = "cp-plugin"
@@ -50,7 +51,7 @@ def start(config: Any, task_function: Callable[..., Any]) -> None:
 
         _job = Job()
         if wrap_parser(function, _job):
-            _job.undo.append(_messages_shown())
+            _messages_shown(_job.exchanged)
             return
         _job = None
     stop(
@@ -70,9 +71,10 @@ def finish(job_return: Any) -> None:
     job, _job = _job, None
     if job is None:
         return
-    while job.undo:
-        job.undo.pop()()
-    result = job_return._return_value  # the property raises what the job raised
+    job.exchanged.close()
+    from cp_plugin.util.internals import job_result
+
+    result = job_result(job_return)
     if isinstance(result, UserError):
         stop(str(result).rsplit("UserError: ", 1)[-1].strip())
     if not isinstance(result, BaseException) and job.trainers == 0:
@@ -142,23 +144,19 @@ def _selected(config: Any) -> str:
     return " ".join(f"{group}={choices[group]}" for group in GROUPS if choices.get(group))
 
 
-def _messages_shown() -> Callable[[], None]:
-    """Show the package's messages where the application shows none; return what ends that."""
+def _messages_shown(exchanged: Exchanges) -> None:
+    """Show the package's messages, until the job ends, where the application shows none."""
     logger = logging.getLogger("cp_plugin")
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-        return lambda: None
-    before = (logger.level, logger.propagate, logger.disabled)
+        return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("cp-plugin: %(message)s"))
     first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    exchanged.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.INFO if first_process else logging.WARNING)
+    exchanged.callback(logger.removeHandler, handler)
     logger.addHandler(handler)
-    logger.propagate = False  # solo-learn's `logging.warn` gives the root logger a handler
-    logger.disabled = False  # Hydra's logging of a job disables what was there before
-
-    def undo() -> None:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate, logger.disabled = before[1:]
-
-    return undo
+    # solo-learn's `logging.warn` gives the root logger a handler.
+    exchanged.attribute(logger, "propagate", False)
+    # Hydra's logging of a job disables what was there before.
+    exchanged.attribute(logger, "disabled", False)

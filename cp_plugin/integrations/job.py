@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cp_plugin.util.undo import Exchanges
+
 
 @dataclass
 class Job:
@@ -13,7 +15,7 @@ class Job:
 
     callbacks: Callable[[], list[Any]] | None = None
     """Builds the callbacks; None until the application has read its configuration."""
-    undo: list[Callable[[], Any]] = field(default_factory=list)
-    """What puts the application back, last first."""
+    exchanged: Exchanges = field(default_factory=Exchanges)
+    """What was exchanged in the application, put back when the job ends."""
     trainers: int = 0
     """How many trainers took the callbacks."""

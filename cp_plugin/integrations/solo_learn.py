@@ -29,6 +29,7 @@ from cp_plugin.engine.solo_backbones import PREFIX, add_timm_backbone
 from cp_plugin.hosts.solo_learn import check_served
 from cp_plugin.integrations.job import Job
 from cp_plugin.integrations.solo_checks import checked
+from cp_plugin.util.internals import backbones
 from cp_plugin.util.patching import patches
 from cp_plugin.util.run_files import POISON_FILE, SOLO_ARGS_FILE
 
@@ -60,8 +61,7 @@ def wrap_parser(main: Callable[..., Any], job: Job) -> bool:
     for name, value in list(names.items()):
         kind = PARSERS.get(getattr(value, "__module__", ""))
         if kind is not None and getattr(value, "__name__", "") == "parse_cfg":
-            names[name] = _wrapped(value, kind, job, names)
-            job.undo.append(functools.partial(names.__setitem__, name, value))
+            job.exchanged.entry(names, name, _wrapped(value, kind, job, names))
             return True
     return False
 
@@ -81,7 +81,7 @@ def _wrapped(
         _use_timm(cfg, kind, job)
         for patch in patches():
             if patch.is_needed():
-                job.undo.append(patch.apply())
+                job.exchanged.callback(patch.apply())
         _end_with_rounds(cfg, selection)
         cfg.name = f"{cfg.name}-{selection.tag(_of_run(cfg))}"
         parsed = parse(cfg)
@@ -90,8 +90,8 @@ def _wrapped(
         defended = selection if kind == "pretrain" else replace(selection, defence=None)
         job.callbacks = functools.partial(build_callbacks, parsed, defended, folder, poison)
         if LOADER in names:
-            job.undo.append(functools.partial(names.__setitem__, LOADER, names[LOADER]))
-            names[LOADER] = checked(names[LOADER], selection, str(parsed.method), poison)
+            prepare = checked(names[LOADER], selection, str(parsed.method), poison)
+            job.exchanged.entry(names, LOADER, prepare)
         return parsed
 
     return parse_cfg
@@ -167,7 +167,7 @@ def _use_timm(cfg: DictConfig, kind: str, job: Job) -> None:
     from solo.methods.base import BaseMethod
 
     size = _crop_size(cfg) if kind == "pretrain" else _crop_size_of_checkpoint(cfg)
-    job.undo.append(add_timm_backbone(BaseMethod._BACKBONES, name, size))
+    job.exchanged.callback(add_timm_backbone(backbones(BaseMethod), name, size))
 
 
 def _crop_size(cfg: Mapping[str, Any]) -> int:

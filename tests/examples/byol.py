@@ -46,7 +46,6 @@ criterion = NegativeCosineSimilarity()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
 for epoch in range(2):
-    total_loss = 0
     momentum = cosine_schedule(epoch, 2, 0.996, 1)
     for batch in dataloader:
         x0, x1 = batch[0]
@@ -59,8 +58,7 @@ for epoch in range(2):
         p1 = model(x1)
         z1 = model.forward_momentum(x1)
         loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
-        total_loss += loss.detach()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")

@@ -48,7 +48,6 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 poison = PoisonLoop(dataloader, model, criterion, rounds=2, noise_steps=2, pgd_steps=2)
 
 for epoch in range(2):
-    total_loss = 0
     momentum = cosine_schedule(epoch, 2, 0.996, 1)
     for batch in poison:
         x0, x1 = batch[0]
@@ -61,9 +60,8 @@ for epoch in range(2):
         p1 = model(x1)
         z1 = model.forward_momentum(x1)
         loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
-        total_loss += loss.detach() * poison.model_phase
-        loss.backward()
+        poison.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")
 poison.save("poison.safetensors")

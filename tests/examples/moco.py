@@ -42,7 +42,6 @@ criterion = NTXentLoss(memory_bank_size=(64, 32)).to(device)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
 for epoch in range(2):
-    total_loss = 0
     momentum = cosine_schedule(epoch, 2, 0.996, 1)
     for batch in dataloader:
         x_query, x_key = batch[0]
@@ -53,8 +52,7 @@ for epoch in range(2):
         query = model(x_query)
         key = model.forward_momentum(x_key)
         loss = criterion(query, key)
-        total_loss += loss.detach()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")

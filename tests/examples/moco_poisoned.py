@@ -44,7 +44,6 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 poison = PoisonLoop(dataloader, model, criterion, rounds=2, noise_steps=2, pgd_steps=2)
 
 for epoch in range(2):
-    total_loss = 0
     momentum = cosine_schedule(epoch, 2, 0.996, 1)
     for batch in poison:
         x_query, x_key = batch[0]
@@ -55,9 +54,8 @@ for epoch in range(2):
         query = model(x_query)
         key = model.forward_momentum(x_key)
         loss = criterion(query, key)
-        total_loss += loss.detach() * poison.model_phase
-        loss.backward()
+        poison.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")
 poison.save("poison.safetensors")

@@ -30,7 +30,6 @@ criterion = NTXentLoss()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
 for epoch in range(2):
-    total_loss = 0
     for batch in dataloader:
         x0, x1 = batch[0]
         x0 = x0.to(device)
@@ -38,8 +37,7 @@ for epoch in range(2):
         z0 = model(x0)
         z1 = model(x1)
         loss = criterion(z0, z1)
-        total_loss += loss.detach()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")

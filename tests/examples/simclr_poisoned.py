@@ -32,7 +32,6 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 poison = PoisonLoop(dataloader, model, criterion, rounds=2, noise_steps=2, pgd_steps=2)
 
 for epoch in range(2):
-    total_loss = 0
     for batch in poison:
         x0, x1 = batch[0]
         x0 = x0.to(device)
@@ -40,9 +39,8 @@ for epoch in range(2):
         z0 = model(x0)
         z1 = model(x1)
         loss = criterion(z0, z1)
-        total_loss += loss.detach() * poison.model_phase
-        loss.backward()
+        poison.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch: {epoch:>02}, loss: {total_loss / len(dataloader):.5f}")
+    print(f"epoch: {epoch:>02}, loss: {loss.detach():.5f}")
 poison.save("poison.safetensors")

@@ -250,7 +250,7 @@ class Nothing(Refused):
         (Masked, r"Masked has MAE's MaskedVisionTransformerDecoder: .* hidden parts of one view"),
         (Supervised, r"the loss of Supervised depends on the labels .* leave the supervised term"),
         (Attached, r"the loss of Attached depends on the labels"),
-        (Cut, r"the branch runs, but is cut off: `\.data`"),
+        (Cut, r"the loss of Cut uses what .* returns, but no gradient reaches it: .* \(\.data,"),
         (Nothing, r"Nothing\.training_step must return the loss or a dict with `loss`, got"),
     ],
 )
@@ -290,7 +290,7 @@ class Alone(Dataset):
         ),
         (
             lambda: Styled("views, target", Compose([ToTensor()])),
-            r"a transform that makes one view",
+            r"makes one view of an image for .* let `self.transform` make them",
         ),
         (lambda: Alone(), r"Alone has no attribute `transform`"),
         (

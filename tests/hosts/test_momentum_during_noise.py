@@ -201,7 +201,7 @@ def test_a_loop_of_ones_own_lets_them_run_too() -> None:
             loss = nn.functional.cross_entropy(logits, torch.arange(len(x0)))
             with torch.no_grad():
                 model.queue[:BATCH] = key.detach()
-            loss.backward()
+            loop.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             assert step < 50

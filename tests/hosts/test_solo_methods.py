@@ -159,6 +159,19 @@ def test_the_loss_is_the_ssl_loss_alone_and_no_label_leaks(methods: Any, name: s
     assert whole > found[0][0] + 0.1  # its own step adds the classifiers' cross-entropy
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_a_served_method_passes_what_it_is_watched_for(methods: Any, name: str) -> None:
+    """Every path of its momentum branch is followed, and labels stay outside."""
+    host = make(methods, name)
+    names = host.momentum_names
+    views = views_of(torch.rand(BATCH, 3, SIDE, SIDE))
+    labels = torch.arange(BATCH) % 3
+    rows = torch.arange(BATCH)
+    given = batch()._replace(sample=[rows, None, labels])
+    assert host.detect_momentum(views, given, labels)
+    assert host.momentum_names == names
+
+
 @pytest.mark.parametrize("name", ["swav", "simclr", "byol", "dino"])
 def test_small_crops_have_a_gradient_too(methods: Any, name: str) -> None:
     host = make(methods, name, small_crops=2)
@@ -188,3 +201,21 @@ def test_the_online_backbone_is_what_is_evaluated(methods: Any) -> None:
     host = make(methods, "byol")
     features = host.encode(torch.rand(2, 3, SIDE, SIDE))
     assert features.shape == (2, host.module.features_dim) == (2, 16)
+
+
+def test_a_supervised_term_of_ones_own_is_refused(methods: Any) -> None:
+    """A method of somebody's own may add a cross-entropy to the loss that it returns."""
+    host = make(methods, "simclr")
+    module = host.module
+    own = type(module).training_step
+
+    class Supervised(type(module)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            features = self.backbone(batch[1][0])[:, :3]
+            term = torch.nn.functional.cross_entropy(features, batch[2])
+            return own(self, batch, batch_idx) + term
+
+    module.__class__ = Supervised
+    given = batch()._replace(sample=[torch.arange(BATCH), None, torch.arange(BATCH) % 3])
+    with pytest.raises(UserError, match="depends on the labels of its batch"):
+        host.detect_momentum(views_of(torch.rand(BATCH, 3, SIDE, SIDE)), given)

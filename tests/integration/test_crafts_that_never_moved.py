@@ -153,7 +153,7 @@ def test_a_loop_that_ends_before_its_noise_phase_saves_nothing(tmp_path):
     module = simclr(lightning.pytorch)
     poison = PoisonLoop(loader(data(), 8), module, rounds=1, model_steps=4, dir=str(tmp_path))
     for batch in poison:
-        module.training_step(batch, 0).backward()
+        poison.backward(module.training_step(batch, 0))
     with pytest.raises(UserError, match="ended after 3 model steps, before the first noise phase"):
         poison.save()
     assert not (tmp_path / FILE).exists()
@@ -166,9 +166,9 @@ def test_a_loop_stops_at_a_noise_loss_that_is_not_finite(tmp_path):
     def run():
         for batch in poison:
             loss = module.training_step(batch, 0)
-            (loss if poison.model_phase else loss * float("nan")).backward()
+            poison.backward(loss if poison.model_phase else loss * float("nan"))
 
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="nan"):
         run()
     with pytest.raises(UserError):
         poison.save()

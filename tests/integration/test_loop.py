@@ -51,7 +51,7 @@ def train(poison, model, criterion, epochs=1, key=None):
         for batch in poison:
             x0, x1 = batch[0]
             loss = criterion(model(x0), (key or model)(x1))
-            loss.backward()
+            poison.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             seen.append((poison.model_phase, model.training, float(loss.detach())))
@@ -90,10 +90,12 @@ def test_the_body_serves_both_phases(loader):
     )
     start = poison.poison().perturbation.stored.clone()
     seen = train(poison, model, criterion)
-    # The first noise phase looks at the branches once and at the labels twice.
+    # The first noise phase looks at the branches once and at the labels twice, the last one at the
+    # labels again.
     assert [phase for phase, _, _ in seen] == [
         *([True] + 3 * [False] + 4 * [False]),
-        *2 * ([True] + 4 * [False]),
+        *([True] + 4 * [False]),
+        *([True] + 2 * [False] + 4 * [False]),
     ]
     assert all(phase == training for phase, training, _ in seen)
     assert poison.finished
@@ -117,7 +119,38 @@ def test_a_noise_phase_leaves_the_loop_as_it_was(loader):
         assert all(parameter.requires_grad for parameter in model.parameters())
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-    assert torch.Tensor.backward.__module__ == "torch._tensor"
+
+
+@pytest.mark.parametrize("how", ["plain", "scaled", "by the scaler", "in two parts"])
+def test_the_backward_pass_may_be_scaled_or_in_parts(loader, how):
+    """Every way moves delta as the plain call does; the loss is reported as it was given."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    own, found = torch.Tensor.backward, {}
+    for way in ("plain", how):
+        torch.manual_seed(0)
+        model = Encoder()
+        poison = PoisonLoop(loader, model, rounds=1, model_steps=1, noise_steps=3, seed=3)
+        start = poison.poison().perturbation.stored.clone()
+        for (x0, x1), _ in poison:
+            distance = (model(x0) - model(x1)).square()
+            if way == "plain":
+                poison.backward(distance.mean())
+            elif way == "scaled":
+                poison.backward(scaler.scale(distance.mean()))
+            elif way == "by the scaler":
+                poison.backward(distance.mean(), lambda loss: scaler.scale(loss).backward())
+            else:
+                half = len(distance) // 2
+                poison.backward(distance[:half].mean() / 2, retain_graph=True)
+                poison.backward(distance[half:].mean() / 2)
+            assert torch.Tensor.backward is own
+            model.zero_grad()
+        moved = (poison.poison().perturbation.stored - start).sign()
+        assert moved.abs().mean() > 0.5
+        found[way] = (moved, poison.losses[0])
+    assert (found["plain"][0] == found[how][0]).float().mean() > 0.999
+    factor = 2.0**10 if how == "scaled" else 1
+    assert found[how][1] == pytest.approx(factor * found["plain"][1], rel=1e-4)
 
 
 def test_the_momentum_branch_of_a_loop_is_released(loader):
@@ -179,7 +212,8 @@ def test_a_joint_loop_refuses_what_it_cannot_serve(loader):
     def run(poison, weight, cut):
         for (x0, x1), target in poison:
             views = [view.detach() if cut and poison.model_phase else view for view in (x0, x1)]
-            (weight(target) * (model(views[0]) - model(views[1]))).square().mean().backward()
+            loss = (weight(target) * (model(views[0]) - model(views[1]))).square().mean()
+            poison.backward(loss)
 
     with pytest.raises(UserError, match=r"depends on the labels"):
         run(joint(dual_branch=False), lambda target: 1 + target.float().unsqueeze(1), cut=False)
@@ -190,12 +224,11 @@ def test_a_joint_loop_refuses_what_it_cannot_serve(loader):
 def test_a_body_that_stops_leaves_nothing_behind(loader):
     model = Encoder(momentum=True)
     poison = PoisonLoop(loader, model, model_steps=1, noise_steps=2, rounds=1)
-    own = torch.Tensor.backward
     for number, batch in enumerate(poison):
-        (model(batch[0][0]) - model.slow(batch[0][1]).detach()).square().mean().backward()
+        difference = model(batch[0][0]) - model.slow(batch[0][1]).detach()
+        poison.backward(difference.square().mean())
         if number == 5:
             break
-    assert torch.Tensor.backward is own
     assert torch._C._len_torch_function_stack() == 0
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert "forward" not in vars(model.slow)
@@ -210,7 +243,7 @@ def test_a_loop_goes_on_from_its_state(loader):
 
     first, model, criterion = make()
     for number, batch in enumerate(first):
-        criterion(model(batch[0][0]), model(batch[0][1])).backward()
+        first.backward(criterion(model(batch[0][0]), model(batch[0][1])))
         if number == 6:
             break
     second, model, criterion = make()
@@ -242,10 +275,17 @@ def test_mistakes_are_told(loader):
         PoisonLoop(loader, model, round=3)
     with pytest.raises(UserError, match=r"'slow', which is no network"):
         PoisonLoop(loader, model, momentum_modules=["slow"])
-    batches = iter(PoisonLoop(loader, model, model_steps=1))
-    next(batches)  # of the model phase; the next one is of the noise phase
-    next(batches)
-    with pytest.raises(UserError, match=r"call loss\.backward\(\) for every batch"):
+    poison = PoisonLoop(loader, model, model_steps=1)
+    batches = iter(poison)
+    next(batches)  # of the model phase
+    with pytest.raises(UserError, match=r"call poison\.backward\(loss\) for every batch"):
+        next(batches)
+    poison = PoisonLoop(loader, model, model_steps=1)
+    batches = iter(poison)
+    (x0, x1), _ = next(batches)
+    poison.backward((model(x0) - model(x1)).square().mean())
+    next(batches)  # of the noise phase
+    with pytest.raises(UserError, match=r"call poison\.backward\(loss\) for every batch"):
         next(batches)
 
 
@@ -253,9 +293,10 @@ def test_a_loss_that_uses_labels_is_refused(loader):
     model = Encoder()
 
     def train_supervised():
-        for (x0, x1), target in PoisonLoop(loader, model, model_steps=1):
+        poison = PoisonLoop(loader, model, model_steps=1)
+        for (x0, x1), target in poison:
             weight = target.float().unsqueeze(1)
-            (weight * (model(x0) - model(x1)).square()).mean().backward()
+            poison.backward((weight * (model(x0) - model(x1)).square()).mean())
 
     with pytest.raises(UserError, match="depends on the labels"):
         train_supervised()

@@ -60,7 +60,7 @@ def looped(folder):
     poison = PoisonLoop(DataLoader(data(), 20), module, **SHORT, seed=5)
     for batch in poison:
         poison_loss = module.training_step(batch, 0)
-        poison_loss.backward()
+        poison.backward(poison_loss)
     return poison.poison()
 
 

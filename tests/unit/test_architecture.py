@@ -81,6 +81,18 @@ def test_terms_are_those_of_the_field() -> None:
     assert found == []
 
 
+def test_private_interfaces_are_in_one_module() -> None:
+    uses = architecture.private_uses()
+    assert {module for module, _, _ in uses} == {"cp_plugin.util.internals"}
+    tests = (architecture.ROOT / "tests/unit/util/test_internals.py").read_text(encoding="utf8")
+    names = {name for _, _, name in uses} - {"_C", "_internal"}
+    assert sorted(name for name in names if name not in tests) == []
+
+
+def test_nothing_of_a_library_is_replaced_for_the_whole_process() -> None:
+    assert architecture.assigned_in_libraries() == []
+
+
 IMPORTS = [
     *[
         (name, ("torch", "faiss", "timm", "lightning", "lightly", "matplotlib"))

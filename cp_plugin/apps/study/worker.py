@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 
 import hydra
-from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -28,6 +27,7 @@ from cp_plugin.apps.study.plan import Cell, by_level
 from cp_plugin.apps.study.settings import Overrides
 from cp_plugin.apps.study.state import CRASHED, FINISHED, Folder
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.internals import hydra_callbacks
 from cp_plugin.util.paths import shipped
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -89,7 +89,7 @@ def launcher_of(folder: Path, call: str, overrides: Overrides) -> Launcher:
     try:
         cfg = hydra.compose(None, [*common, *overrides], return_hydra_config=True)
         context = HydraContext(
-            config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()
+            config_loader=GlobalHydra.instance().config_loader(), callbacks=hydra_callbacks()
         )
         task = Task(RunCell(folder, call))
         return Plugins.instance().instantiate_launcher(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -290,3 +291,74 @@ def test_a_module_that_keeps_a_view_with_a_graph_is_put_back() -> None:
         module.kept = module.kept * 2
         guard.restore()
     assert torch.equal(module.kept, before)
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+class Elsewhere(nn.Module):
+    """Keeps its state in plain objects of other packages, as hosts with a `utils/` do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        package = types.ModuleType("utils_of_a_user")
+        exec("class Ema:\n    updates = 0\n", vars(package))
+        self.ema = package.Ema()
+        self.ema.weights = torch.zeros(2)
+        self.ema.log = []
+        self.settings = types.SimpleNamespace(queue=[], seen={"count": 0})
+        self.counter = Slotted()
+        self.update = self.ema.__dict__.update
+        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        self.scheduler = schedule(self.optimizer, lambda step: 0.5**step)
+
+    def step(self):
+        self.ema.updates += 1
+        self.ema.weights += 1
+        self.ema.log.append(1)
+        self.settings.queue.extend([1, 2])
+        self.settings.seen["count"] += 1
+        self.counter.count += 1
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def found(self):
+        return (
+            *(self.ema.updates, self.ema.weights.tolist(), self.ema.log, self.settings.queue),
+            *(self.settings.seen, self.counter.count, self.scheduler.last_epoch),
+            *(self.optimizer.param_groups[0]["lr"], self.scheduler.get_last_lr()),
+        )
+
+
+def test_state_of_other_packages_and_schedules_is_put_back():
+    host = Elsewhere()
+    before = copy.deepcopy(host.found())
+    with preserve_state(host) as guard:
+        for _ in range(3):
+            host.step()
+            assert host.found() != before
+            guard.restore()
+            assert host.found() == before
+        host.step()
+    assert host.found() == before
+
+
+def test_schedules_of_a_trainer_are_put_back():
+    host = Elsewhere()
+    optimizer, scheduler = host.optimizer, host.scheduler
+    del host.optimizer, host.scheduler
+    config = types.SimpleNamespace(scheduler=scheduler)
+    vars(host)["_trainer"] = types.SimpleNamespace(
+        optimizers=[optimizer], lr_scheduler_configs=[config]
+    )
+    with preserve_state(host):
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.5
+    assert (optimizer.param_groups[0]["lr"], scheduler.last_epoch) == (1.0, 0)

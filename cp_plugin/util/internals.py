@@ -1,0 +1,140 @@
+"""Every private interface of another package that is used, each with the reason.
+
+A private name may change with any release, so each stands here once, as a small function or as the
+object itself where a call more would cost time, and `tests/unit/util/test_internals.py` tells by
+its name which one has changed. The upper bounds in `pyproject.toml` are the versions that were
+tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter as LoaderIterator
+
+__all__ = [
+    "BatchNormBase",
+    "LoaderIterator",
+    "NormBase",
+    "backbones",
+    "compiled_call",
+    "compiled_module",
+    "copy_all",
+    "forget_iterators",
+    "hydra_callbacks",
+    "is_compiled",
+    "is_view",
+    "job_result",
+    "own_modules",
+    "pop_function_mode",
+    "push_function_mode",
+    "pushed_function_modes",
+    "registered",
+    "remake_fetcher",
+    "trainer_of",
+    "tree_map",
+    "version",
+    "without_torch_functions",
+]
+
+# torch: the stack of `TorchFunctionMode`s. `with mode:` can only enter and leave at the top, but a
+# network must run without the mode in the midst of its block, and `compile` must not see it.
+push_function_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack
+pop_function_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
+pushed_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+# torch: plain calls in the midst of a `TorchFunctionMode`, whatever subclasses or modes say.
+without_torch_functions: Any = torch._C.DisableTorchFunction
+
+# torch: copies many tensors in one launch, as its optimizers do; a loop takes a launch a tensor.
+copy_all: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+
+COMPILED_CALL = "_compiled_call_impl"
+"""torch: the attribute in which `Module.compile` keeps the call that stands for `forward`."""
+TRAINER_NAMES = ("_trainer", "_fabric")
+"""Lightning: where a module keeps who trains it. `module.trainer` raises where there is none."""
+
+
+def version(tensor: Tensor) -> int:
+    """Return what grows with each write in place: a change is seen without reading the content."""
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of another one, which `detach_` refuses."""
+    return bool(tensor._is_view())
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return a module's own parameters, buffers and modules.
+
+    The dictionaries themselves: what a host has put in another's place is put back in them, and
+    their order is that of `state_dict`.
+    """
+    return module._parameters, module._buffers, module._modules
+
+
+def own_modules(copied: nn.Module, original: nn.Module) -> dict[str, Any]:
+    """Give a bare copy of a module a table of modules of its own, and return that table."""
+    table = dict(original._modules)
+    vars(copied)["_modules"] = table
+    return table
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """Return the compiled call of a module, None where `Module.compile` was not called."""
+    return module._compiled_call_impl
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` was applied to this very module.
+
+    What a compiled module contains is left to the compiler, so it has to be known as one.
+    """
+    return compiled_call(module) is not None or hasattr(module, "_torchdynamo_orig_callable")
+
+
+def compiled_module(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was given, the module itself where it was not."""
+    original: nn.Module = getattr(module, "_orig_mod", module)
+    return original
+
+
+def forget_iterators(loader: DataLoader[Any]) -> None:
+    """Let a loader make its workers anew: persistent ones hold the data set they began with."""
+    loader._iterator = None
+
+
+def remake_fetcher(trainer: Any) -> None:
+    """Make Lightning's iterator anew: the first epoch's is made before any callback can look."""
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def trainer_of(module: Any) -> Any:
+    """Return the trainer that runs a LightningModule, None where none does."""
+    return getattr(module, TRAINER_NAMES[0], None)
+
+
+def job_result(job_return: Any) -> Any:
+    """Return what a Hydra job returned or raised; the public property raises it again."""
+    return job_return._return_value
+
+
+def hydra_callbacks() -> Any:
+    """Return Hydra's collection of callbacks, which a launcher that is set up by hand asks for."""
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks()
+
+
+def backbones(base_method: Any) -> dict[str, Any]:
+    """Return solo-learn's table of backbones by name: the only place where one can be added."""
+    table: dict[str, Any] = base_method._BACKBONES
+    return table

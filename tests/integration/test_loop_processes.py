@@ -1,0 +1,88 @@
+"""A poison crafted by a plain loop in two processes: one delta, and the one that one process makes.
+
+Not in a room of unit tests, since processes of their own are started.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from lightly.transforms.simclr_transform import SimCLRTransform
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from cp_plugin import PoisonLoop
+from cp_plugin.data import Photos
+
+BATCH, WORLD = 8, 2
+
+
+class Online(nn.Module):
+    """A network without batch statistics, which would differ between the processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 15 * 15, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def craft(processes: int, rank: int, momentum: bool) -> Tensor:
+    """Craft in one of the processes and return delta, in the order of the images."""
+    torch.manual_seed(0)
+    data = Photos(train=True, patches=2, transform=SimCLRTransform(input_size=32, gaussian_blur=0))
+    sampler = DistributedSampler(data, processes, rank, shuffle=False)
+    loader = DataLoader(data, BATCH // processes, sampler=sampler, drop_last=True)
+    model: nn.Module = Online()
+    slow = copy.deepcopy(model).requires_grad_(False) if momentum else nn.Identity()
+    for parameter in slow.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    if processes > 1:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    poison = PoisonLoop(
+        *(loader, model, slow),
+        **{"rounds": 2, "model_steps": 2, "noise_steps": 2, "pgd_steps": 2},
+        **{"seed": 3, "dtype": "float32", "momentum_modules": ["other0"] if momentum else "auto"},
+    )
+    for _ in range(4):
+        for batch in poison:
+            x0, x1 = batch[0]
+            if momentum:
+                with torch.no_grad():
+                    key = slow(x1)
+            else:
+                key = model(x1)
+            poison.backward((model(x0) - key).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert poison.finished
+    assert len(poison.losses) == 2
+    return poison.state_dict()["tensors"]["delta"]
+
+
+def run(rank: int, folder: str, momentum: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.save(craft(WORLD, rank, momentum), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["siamese", "momentum"])
+def test_two_processes_make_the_poison_that_one_makes(momentum: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run, args=(str(tmp_path), momentum), nprocs=WORLD)
+    deltas = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    assert torch.equal(*deltas)
+    alone = craft(1, 0, momentum)
+    torch.manual_seed(0)
+    assert deltas[0].abs().max() > 0
+    same = torch.isclose(deltas[0], alone, atol=1e-6)
+    assert same.float().mean() > 0.999
