@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*recommended to use `self.log.*sync_dist=True.*"),
 ]
 TWO_VIEWS = SimCLRTransform(input_size=32, gaussian_blur=0)
-CRAFT = {"rounds": 2, "model_steps": 1, "noise_steps": 1, "pgd_steps": 1}
+CRAFT = {"rounds": 2, "model_steps": 1, "noise_steps": 3, "pgd_steps": 1}
 
 
 class Styled(Dataset):
