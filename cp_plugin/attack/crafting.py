@@ -132,7 +132,7 @@ class Crafting:
         """Ask for the losses of a noise phase, see `Attack.noise_requests`.
 
         Raises:
-            UserError: no batch had a loss.
+            UserError: no batch had a loss, or one was not finite.
         """
         self.rebind()
         left = iter(batches)
@@ -148,6 +148,13 @@ class Crafting:
                 "left all of them out, so the perturbation would stay as it started; return a loss "
                 "from training_step in eval mode too, or use longer noise phases "
                 "(poison.noise_steps)."
+            )
+        mean = float(torch.stack(losses).mean())
+        if not math.isfinite(mean):
+            raise UserError(
+                f"a loss of {self.host.method} in the noise phase after model step {step} was "
+                f"{mean}, so the surrogate has diverged and no poison is written; lower its "
+                "learning rate or train it in a higher precision."
             )
 
     def _checks_labels(self) -> bool:

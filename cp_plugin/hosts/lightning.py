@@ -109,7 +109,7 @@ class LightningHost(ModuleHost):
         if batch.images is not self._images:
             self._images, self._number = batch.images, self._number + 1
         # The trainer stands still meanwhile; a step that treats batches by number must see others.
-        index = (_batch_index(module) + self._number,) if self._takes_index else ()
+        index = (_batch_index(module, self._number),) if self._takes_index else ()
         with self._precision(), self.branch.readers_detached():
             output = module.training_step(self._own_batch(views, batch), *index)
         if output is None:
@@ -183,8 +183,14 @@ def _takes_index(training_step: Callable[..., Any]) -> bool:
     return several or len(parameters) > 1
 
 
-def _batch_index(module: Any) -> int:
-    """Return the number of the batch that the trainer is at."""
+def _batch_index(module: Any, number: int) -> int:
+    """Return a number that a batch of an epoch has: that of the trainer's batch, and `number` on.
+
+    Never one that no epoch reaches: methods keep tables with a place for each batch (DeepCluster).
+    """
     trainer = trainer_of(module)
-    loop = getattr(trainer, "fit_loop", None)
-    return max(0, int(getattr(loop, "batch_idx", 0)))
+    index = max(0, int(getattr(getattr(trainer, "fit_loop", None), "batch_idx", 0)))
+    batches = getattr(trainer, "num_training_batches", 0)
+    if not isinstance(batches, int):  # of a loader without a length it is infinite
+        return index + number
+    return (index + number) % batches if batches else index

@@ -150,9 +150,9 @@ def test_three_stock_steps_are_bit_identical_with_and_without_the_plugin(
         assert saved["global_step"] == 3
         states.append(saved)
     light = {
-        "config": ["settings"],
+        "config": ["baselines", "defences", "selection", "settings"],
         "integrations": ["activation", "hydra_plugin", "job"],
-        "util": ["paths"],
+        "util": ["paths", "undo"],
     }
     rooms = [[f"cp_plugin.{r}", *(f"cp_plugin.{r}.{m}" for m in light[r])] for r in light]
     assert ours == [["cp_plugin", *(name for room in rooms for name in room)], []]

@@ -60,8 +60,8 @@ MISTAKES: dict[str, tuple[Callable[[Made], tuple[str, ...]], str]] = {
         "the poison has no row for",
     ),
     "class poison of other classes": (
-        lambda made: (*inject(made.of_classes), "data.train_path=fewer"),
-        "the poison was made for 3 classes",
+        lambda made: (*inject(made.of_classes), "data.train_path=renamed"),
+        "the poison was made for",
     ),
     "a larger data.fraction than crafted with": (
         lambda made: (*inject(made.of_half), "+data.fraction=0.7"),
@@ -98,7 +98,8 @@ def made(
 ) -> Made:
     data = custom(image_folder("train", 3, 8), image_folder("val", 3, 4))
     image_folder("other", 3, 8, 40)
-    image_folder("fewer", 2, 12)
+    for folder in sorted(image_folder("renamed", 3, 8).iterdir()):
+        folder.rename(folder.with_name(f"other_{folder.name}"))
     image_folder("flat", 3, 8, flat=True)
     runs = {
         "sample": ("+poison=random",),

@@ -257,8 +257,8 @@ def test_the_noise_phase_itself_logs_nothing(data, tmp_path):
         logged = [row for row in csv.DictReader(file) if row["own_loss"]]
     assert len(logged) == 4
     # The first batch is looked at in eval mode: once for the branches, twice for the labels. Then
-    # two rounds of 2 training steps and 5 batches of the noise phase, T = 5, in eval mode; before the
-    # last one the labels are looked at again.
+    # two rounds of 2 training steps and 5 batches of the noise phase, T = 5, in eval mode; before
+    # the last one the labels are looked at again.
     assert calls == 3 * [False] + 2 * [True] + 25 * [False] + 2 * [True] + 27 * [False]
     assert len(module.seen) == 4  # what the noise phase left in the module is gone
 
