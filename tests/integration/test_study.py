@@ -242,7 +242,7 @@ def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, mon
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from cp_plugin.study.state import Folder
+from cp_plugin.apps.study.state import Folder
 folder, call = Folder(Path(sys.argv[1])), sys.argv[2]
 cells = list(folder.plan().values())
 fatal = {fatal!r}

@@ -269,9 +269,8 @@ def test_a_victim_of_a_part_writes_what_it_used(data, tmp_path):
 
 
 def test_crafting_a_class_poison_for_a_part_records_the_images(data, tmp_path):
-    craft = CraftErrorMin(
-        granularity="class", fraction=0.5, rounds=1, noise_steps=1, pgd_steps=1, dir=str(tmp_path)
-    )
+    steps = {"rounds": 1, "model_steps": 6, "noise_steps": 1, "pgd_steps": 1}
+    craft = CraftErrorMin(granularity="class", fraction=0.5, **steps, dir=str(tmp_path))
     module = fit(tmp_path, data, craft, epochs=2)
     poison = Poison.load(tmp_path / "poison.safetensors")
     clean, labels = images_and_labels(data)
