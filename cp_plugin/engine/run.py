@@ -130,14 +130,20 @@ def check(cfg: DictConfig) -> tuple[Selection, DictConfig]:
 
 
 def _without_gpu(cfg: DictConfig) -> DictConfig:
-    """Let a configuration that asks for GPUs run on a machine that has none."""
-    if cfg.get("accelerator") not in ("gpu", "cuda") or torch.cuda.is_available():
+    """Let a configuration that asks for GPUs, or for their 16 bit, run on a machine without one."""
+    asked = cfg.get("accelerator")
+    chosen = asked == "auto" and torch.backends.mps.is_available()
+    if torch.cuda.is_available() or chosen:
         return cfg
-    changes = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "sync_batchnorm": False}
-    if str(cfg.get("precision")).startswith("16"):
+    changes: dict[str, Any] = {}
+    if asked in ("gpu", "cuda"):
+        changes = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "sync_batchnorm": False}
+    if str(cfg.get("precision")).startswith("16-") and asked in ("gpu", "cuda", "auto", "cpu"):
         # On a processor without AVX512 bf16 convolutions were seen ten times slower than float32.
         fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
         changes["precision"] = "bf16-mixed" if fast else "32"
+    if not changes:
+        return cfg
     log.warning("no GPU here: %s", " ".join(f"{key}={value}" for key, value in changes.items()))
     changed = cfg.copy()
     OmegaConf.set_struct(changed, False)
