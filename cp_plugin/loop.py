@@ -187,10 +187,15 @@ class PoisonLoop:
                 `lambda loss: scaler.scale(loss).backward()`. The loss that it is given is
                 reported, free of the scale that it uses.
             options: those of `Tensor.backward`, or of `backward`.
+
+        Raises:
+            UserError: in the model phase the loss is not a number.
         """
         self._shown = True
         run = Tensor.backward if backward is None else backward
         if self._request is None:
+            # A scaled loss may overflow, which its scaler mends; what is not a number stays so.
+            self._crafting.check_loss(torch.nan_to_num(loss.detach(), torch.nan, 0.0, 0.0))
             run(loss, **options)
             return
         on_loss, retain = self._request.on_loss, bool(options.get("retain_graph", False))

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from cp_plugin.attack.inject import check_unpoisoned
-from cp_plugin.attack.loop import Attack, Rows, Schedule
+from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.config.settings import EPOCH, RANDOM, ZERO, AlternationConfig, UserError
+from cp_plugin.attack.start import start
+from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.canonical import canonical_size
-from cp_plugin.data.subset import keys_of_part
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
@@ -34,8 +34,6 @@ from cp_plugin.util.provenance import versions
 
 log = logging.getLogger("cp_plugin")
 
-MAPPED_BYTES = 8 << 30
-"""A perturbation larger than this is mapped from a file instead of held in memory."""
 CHECK_EVERY = 100
 """Gradients of noise phases between two checks that the loss reads no labels."""
 DEVICE_BYTES = 4 << 30
@@ -101,16 +99,16 @@ class Crafting:
         self.labels = labels(raw.dataset)
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         self._chosen: Tensor | None = None
-        self._images: int | None = None
-        self._parts_before: list[dict[str, Any]] = []
-        """Method, model and noise steps of each surrogate that the start has been through."""
-        perturbation, rows = self._rows(resumed)
-        if perturbation.stored.nbytes <= DEVICE_BYTES:
-            perturbation.move(host.device)
-        self.attack = Attack(host, view_mirror, perturbation, rows, config, seed)
+        begun = start(raw, self.labels, config, seed, folder, resumed)
+        self._images, self._parts_before = begun.images, begun.parts
+        if begun.perturbation.stored.nbytes <= DEVICE_BYTES:
+            begun.perturbation.move(host.device)
+        self.attack = Attack(host, view_mirror, begun.perturbation, begun.rows, config, seed)
         self._bound = list(host.momentum_modules())
         host.branch.dual = config.uses_dual_branch
         self._gradients_since_check = 0
+        self._model_loss: Tensor | None = None
+        """The last loss of a model step."""
         self.schedule = self._schedule(1, 1)
 
     def plan(self, batches: int, accumulated: int = 1) -> None:
@@ -134,6 +132,7 @@ class Crafting:
         Raises:
             UserError: no batch had a loss, or one was not finite.
         """
+        self._check_model_loss()
         self.rebind()
         left = iter(batches)
         if self._checks_labels():
@@ -223,15 +222,20 @@ class Crafting:
             )
 
     def check_loss(self, loss: Tensor) -> None:
-        """Check the loss of a model step.
+        """Check the loss of a model step; on an accelerator once a round, which it waits for.
 
         Raises:
             UserError: it is not finite, from where on nothing is learnt from it.
         """
-        if not bool(torch.isfinite(loss.detach()).all()):
+        self._model_loss = loss.detach()
+        if loss.device.type == "cpu":
+            self._check_model_loss()
+
+    def _check_model_loss(self) -> None:
+        if self._model_loss is not None and not bool(torch.isfinite(self._model_loss).all()):
             raise UserError(
                 f"the loss of {self.host.method} at model step {self.schedule.steps_done + 1} is "
-                f"{float(loss.detach().float().mean())}, so the surrogate has diverged and no "
+                f"{float(self._model_loss.float().mean())}, so the surrogate has diverged and no "
                 "poison is written; lower its learning rate or train it in a higher precision."
             )
 
@@ -241,8 +245,10 @@ class Crafting:
         Images that no batch has brought have no row in it, and its fraction says so.
 
         Raises:
-            UserError: there was no noise phase, or no gradient has moved any row.
+            UserError: there was no noise phase, no gradient has moved any row, or the last loss was
+                not finite.
         """
+        self._check_model_loss()
         done, moved = self.schedule.noise_steps_done, self.attack.perturbation.moved
         if done == 0:
             raise UserError(
@@ -337,84 +343,6 @@ class Crafting:
             self._chosen = torch.tensor(sorted({self.raw[image].key for image in images}))
         return self._chosen
 
-    def _rows(self, resumed: Mapping[str, Any] | None) -> tuple[Perturbation, Rows]:
-        config = self.config
-        names = names_or_numbers(self.raw.dataset)
-        generator = torch.Generator().manual_seed(self.seed)
-        _pass_over_shuffles(self.labels, len(self.raw), generator)
-        chosen, keys = torch.ones(len(self.raw), dtype=torch.bool), torch.empty(0)
-        if config.fraction < 1:
-            of_all = torch.tensor([self.raw[image].key for image in range(len(self.raw))])
-            keys = keys_of_part(of_all, self.labels, config.fraction)
-            chosen = torch.isin(of_all, keys)
-            countable = of_all
-            if config.granularity == "class" and self.labels is not None:
-                countable = of_all[self.labels >= 0]  # the others carry no class poison by design
-            self._images = len(torch.unique(countable))
-        if config.granularity == "class":
-            if self.labels is None or names is None or not bool((self.labels >= 0).any()):
-                raise UserError(
-                    "poison.granularity=class needs labelled images and this data set has no "
-                    "labels; use labelled data or a sample poison (+poison=cp)."
-                )
-            rows, count = Rows.of_classes(self.labels, chosen), len(names)
-        else:
-            rows, count = Rows.of_samples(chosen), int(chosen.sum())
-        if resumed:
-            if rows.keys is not None:
-                saved = resumed["tensors"]["keys"]
-                known = saved[saved != 0] if config.fraction < 1 else saved[:0]
-                if len(saved) != count or not bool(torch.isin(known, keys).all()):
-                    raise UserError(
-                        f"the checkpoint's perturbation has {len(saved)} rows of other images "
-                        f"than the {count} that poison.fraction={config.fraction} poisons here; "
-                        "resume with the data set, the settings and the version that it was made "
-                        "with, or start anew."
-                    )
-                rows.restore(saved)
-            perturbation = Perturbation(resumed["tensors"]["delta"], config.eps)
-            # Snapshots of earlier versions do not tell; their rows count as moved.
-            moved = resumed["tensors"].get("moved", torch.ones_like(perturbation.moved))
-            perturbation.moved = moved
-            return perturbation, rows
-        perturbation = self._start(count, generator)
-        if config.init not in (RANDOM, ZERO):
-            start = Poison.load(config.init)
-            self._parts_before = parts_of(start)
-            self._start_from(start, perturbation, rows)
-        return perturbation, rows
-
-    def _start(self, count: int, generator: torch.Generator) -> Perturbation:
-        config = self.config
-        channels, height, width = self.raw[0].image.shape
-        bytes_ = count * channels * height * width * 4
-        file = self.folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
-        shape = (channels, height, width)
-        if config.init == ZERO:
-            return Perturbation.zeros(count, shape, config.eps, config.dtype, file)
-        return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
-
-    def _start_from(self, poison: Poison, perturbation: Perturbation, rows: Rows) -> None:
-        """Start from a poison file: rows of its classes, or of the same images, are taken over."""
-        if poison.perturbation.shape != perturbation.shape:
-            raise UserError(
-                f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
-                f"{perturbation.shape}; use a poison of the same image size."
-            )
-        names, targets = names_or_numbers(self.raw.dataset), self.labels
-        poison.check_classes(names)
-        for start in range(0, len(self.raw), 1024):
-            images = torch.arange(start, min(start + 1024, len(self.raw)))
-            own = rows.of_image[images]
-            if poison.granularity == "class":
-                known = [None] * len(images) if targets is None else targets[images].tolist()
-                labels_ = [names[y] if names and y is not None and y >= 0 else None for y in known]
-                theirs = poison.rows(classes=labels_)
-            else:
-                theirs = poison.rows(keys=[self.raw[int(i)].key for i in images])
-            use = (own >= 0) & (theirs >= 0)
-            perturbation.write(own[use], poison.perturbation.gather(theirs[use]))
-
     def _schedule(self, batches: int, accumulated: int) -> Schedule:
         config = self.config
         an_epoch = max(1, -(-batches // accumulated))
@@ -459,27 +387,6 @@ class Crafting:
             "seed": str(self.seed),
             "versions": json.dumps(versions()),
         }
-
-
-def parts_of(poison: Poison) -> list[dict[str, Any]]:
-    """Return method, model steps and noise steps of each surrogate that a poison has been through.
-
-    Earlier versions wrote the last surrogate's model steps alone; what is not known is None.
-    """
-    if "parts" in poison.info:
-        parts: list[dict[str, Any]] = json.loads(poison.info["parts"])
-        return parts
-    if "schedule" not in poison.info:
-        return []
-    steps = json.loads(poison.info["schedule"]).get("surrogate_steps_done")
-    return [{"method": poison.info.get("method"), "model_steps": steps, "noise_steps": None}]
-
-
-def _pass_over_shuffles(labels: Tensor | None, count: int, generator: torch.Generator) -> None:
-    """Draw what a seeded choice of images once drew first: a seed keeps the start that it gave."""
-    groups = torch.zeros(count, dtype=torch.int64) if labels is None else labels
-    for members in torch.unique(groups, return_counts=True)[1].tolist():
-        torch.randperm(members, generator=generator)
 
 
 def _backbone(host: ModuleHost) -> str:

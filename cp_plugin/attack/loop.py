@@ -151,7 +151,7 @@ class Attack:
             mirror: the differentiable counterpart of its augmentations.
             perturbation: the rows of delta.
             rows: which row belongs to which image.
-            config: T, the step size and whether a momentum branch is raw are read from it.
+            config: T, the step size and whether gradients pass a momentum branch are read from it.
             seed: seeds the augmentations; together with a step's number it fixes them.
         """
         self.host, self.mirror, self.perturbation = host, mirror, perturbation

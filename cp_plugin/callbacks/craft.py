@@ -169,9 +169,8 @@ class CraftPoison(Callback):
         if trainer.global_step == self._steps_seen:  # gradients are still being accumulated
             return
         self._steps_seen = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            pl_module.log("cp_model_loss", loss.detach(), prog_bar=True, batch_size=1)
+        if isinstance(found, Tensor):
+            pl_module.log("cp_model_loss", found.detach(), prog_bar=True, batch_size=1)
         self.attack.check_moved(f"{type(pl_module).__name__}.training_step")
         if self.schedule.model_step():
             noise_loss = self._noise_phase(trainer, pl_module)

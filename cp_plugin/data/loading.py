@@ -66,7 +66,7 @@ def renew_iterators(loader: DataLoader[Any]) -> None:
 
 
 def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:
-    """Return a copy of a loader that brings raw batches of its raw data set."""
+    """Return a copy of a loader that brings batches of its raw data set."""
     own = copy.copy(loader)
     object.__setattr__(own, "dataset", raw)
     own.collate_fn = Collate(raw, loader.collate_fn)

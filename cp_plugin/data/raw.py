@@ -34,7 +34,7 @@ class SampleError(UserError):
 
 
 class Item(NamedTuple):
-    """One row of an raw data set."""
+    """One row of a raw data set."""
 
     row: int
     """The image's position."""
@@ -163,7 +163,7 @@ class RawDataset(Dataset[Item]):
 
     def _read(self, row: int) -> Any:
         if self._process != os.getpid() or self._probed is None:
-            # Files that the copy has raw meanwhile (h5) are of no use in another process.
+            # Files that the copy has opened meanwhile (h5) are of no use in another process.
             self._probed, self._process = self._with_probe(self._views), os.getpid()
         return read(self._probed, row)
 

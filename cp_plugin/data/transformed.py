@@ -257,7 +257,7 @@ class Built:
     source: Any
     changed: Any
     process: int
-    """Files that a data set has raw (h5) are of no use in another process."""
+    """Files that a data set has opened (h5) are of no use in another process."""
     reached: bytearray
     """Not 0 for rows whose change was seen to be applied."""
 

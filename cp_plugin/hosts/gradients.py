@@ -5,7 +5,7 @@ trains that branch by them. A perturbation is in both branches, so its gradient 
 `momentum_gradients` opens that branch, and only that one, around the host's own loss;
 `preserve_state` (in `cp_plugin.hosts.state`) puts the host back as it was.
 
-How it works: while gradients, a `TorchFunctionMode` sees every torch function that runs outside the
+How it works: in the context, a `TorchFunctionMode` sees every torch function that runs outside the
 networks, and every network call tells to which branch it belongs. Where a tensor comes from is then
 read off the autograd graph: the nearest network outputs below it are the momentum branch's or the
 online branch's. Inside a network nothing is intercepted, so networks run at full speed and may be

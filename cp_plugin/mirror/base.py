@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 class Operation:
     """One transform of the host: `sample` draws for a whole batch, `apply` is a pure function.
 
-    A op for a class of your own subclasses this, sets `gradient`, and overrides `apply` and,
+    An op for a class of your own subclasses this, sets `gradient`, and overrides `apply` and,
     where it draws anything, `sample`; `register_op` then makes `mirror` use it.
     """
 

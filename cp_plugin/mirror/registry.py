@@ -127,7 +127,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def checked_op(op: object, host_class: type) -> Operation:
-    """Refuse a op that is no operation."""
+    """Refuse an op that is no operation."""
     if not isinstance(op, Operation):
         raise UserError(
             f"the op registered for {dotted_name(host_class)} must return an Operation, got "
@@ -148,7 +148,7 @@ def unknown(host: object) -> str:
     if name.endswith(".Lambda"):
         return (
             f"{name} hides a function that has no known gradient: use a named transform, or a "
-            "class of your own with a op (cp_plugin.mirror.register_op)."
+            "class of your own with an op (cp_plugin.mirror.register_op)."
         )
     return (
         f"the mirror expected transforms that it has a differentiable op for, got {name}: "

@@ -1,1 +1,1 @@
-"""What every room needs: paths, seeds, provenance of results, patches."""
+"""What every room needs: paths, seeds, provenance, patches, undoing, private interfaces."""

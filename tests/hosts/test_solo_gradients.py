@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +10,11 @@ from torch import Tensor, nn
 
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 
-# DINO's head in solo-learn uses it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    # DINO's head in solo-learn uses it.
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
+]
 
 BATCH, SIDE, STEP = 4, 12, 1e-5
 HEADS = {"proj_output_dim": 8, "proj_hidden_dim": 16, "pred_hidden_dim": 16}
@@ -38,23 +38,6 @@ METHODS = {
     "ressl": {**HEADS, "temperature_q": 0.5, "temperature_k": 0.4, "queue_size": 16},
     "simclr": {**HEADS, "temperature": 0.2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture
-def methods(solo_learn: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(solo_learn)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("solo.methods", reason="solo-learn's own requirements").METHODS
 
 
 def configuration(name: str) -> Any:

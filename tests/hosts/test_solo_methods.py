@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,29 +23,14 @@ from tests.support.solo_modules import (
 )
 from tests.support.solo_served import MOMENTUM, SERVED
 
-pytestmark = [  # of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    # Of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening.
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
 ]
 
 STEP = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture
-def methods(solo_learn: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(solo_learn)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its old imports
-        return pytest.importorskip("solo.methods", reason="solo-learn's own requirements").METHODS
 
 
 class Hold(TorchFunctionMode):
@@ -82,7 +64,7 @@ class Hold(TorchFunctionMode):
 def loss(
     host: SoloHost, images: Tensor, delta: Tensor, hold: Hold, dual: bool = True, crops: int = 0
 ) -> Tensor:
-    """The loss with gradients gradients, the host's random numbers fixed."""
+    """The loss in the context `momentum_gradients`, the host's random numbers fixed."""
     torch.manual_seed(1)
     gradients = momentum_gradients(host.module, host.momentum_modules() if dual else ())
     with hold, gradients:

@@ -159,14 +159,16 @@ def test_a_loop_that_ends_before_its_noise_phase_saves_nothing(tmp_path):
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_loop_stops_at_a_noise_loss_that_is_not_finite(tmp_path):
+@pytest.mark.parametrize("in_model_phase", [False, True])
+def test_a_loop_stops_at_a_loss_that_is_not_finite(in_model_phase, tmp_path):
     module = simclr(lightning.pytorch)
     poison = PoisonLoop(loader(data(), 8), module, rounds=1, model_steps=1, dir=str(tmp_path))
 
     def run():
         for batch in poison:
             loss = module.training_step(batch, 0)
-            poison.backward(loss if poison.model_phase else loss * float("nan"))
+            spoilt = poison.model_phase == in_model_phase
+            poison.backward(loss * float("nan") if spoilt else loss)
 
     with pytest.raises(UserError, match="nan"):
         run()

@@ -43,12 +43,12 @@ def sample_of(style: Style, views: Sequence[Tensor], labels: Tensor) -> Any:
     return shapes[style.batch]
 
 
-class ChangedArrays(TorchFunctionMode):
+class RecordedStops(TorchFunctionMode):
     """Records what stop-gradients outside the momentum branch let through, and puts it in again.
 
     While recording, a result that needs no gradient though it came by `detach` or in no-grad mode
-    is a stop-gradient; a gradients one needs its gradient. On replay the recorded values stand in,
-    so that finite differences see constants where autograd does.
+    is a stop-gradient; one of the opened branch needs its gradient. On replay the recorded values
+    stand in, so that finite differences see constants where autograd does.
     """
 
     def __init__(self) -> None:
@@ -129,49 +129,51 @@ class Conformance:
             views.append(view * (2 - 0.3 * number) - 0.5)
         return views
 
-    def loss(self, delta: Tensor, dual: bool = True, held: ChangedArrays | None = None) -> Tensor:
-        """Return the loss, the module preserve_state but for what the caller's context undoes."""
+    def loss(
+        self, delta: Tensor, dual: bool = True, recorded: RecordedStops | None = None
+    ) -> Tensor:
+        """Return the loss, the module left as it was but for what the caller's context undoes."""
         torch.manual_seed(3)
         gradients = momentum_gradients(self.module, self.host.momentum_modules() if dual else ())
-        with gradients, held or nullcontext():
+        with gradients, recorded or nullcontext():
             loss = self.host.loss(self.views(delta), self.batch)
         if delta.requires_grad:
             check_momentum_gradients(gradients, loss, delta)
         return loss
 
-    def gradient(self, dual: bool = True, held: ChangedArrays | None = None) -> Tensor:
+    def gradient(self, dual: bool = True, recorded: RecordedStops | None = None) -> Tensor:
         """Return the gradient of the loss with respect to delta at zero."""
         with preserve_state(self.module):
             self.module.eval()
             delta = torch.zeros_like(self.images, requires_grad=True)
-            return torch.autograd.grad(self.loss(delta, dual, held), delta)[0]
+            return torch.autograd.grad(self.loss(delta, dual, recorded), delta)[0]
 
-    def slope(self, held: ChangedArrays | None = None) -> float:
+    def slope(self, recorded: RecordedStops | None = None) -> float:
         """Return the derivative of the SSL loss along one direction by central differences.
 
-        Nothing is gradients, and classifiers say the same to every image.
+        No branch is opened, and classifiers say the same to every image.
         """
         for classifier in self.classifiers:
             for parameter in classifier.parameters():
                 parameter.data.zero_()
         values = []
         for step in (STEP, -STEP):
-            if held is not None:
-                held.rewind()
+            if recorded is not None:
+                recorded.rewind()
             with preserve_state(self.module):
                 self.module.eval()
-                dual = held is not None  # so that the recorded values come in the same order
-                values.append(float(self.loss(step * self.direction, dual, held)))
+                dual = recorded is not None  # so that the recorded values come in the same order
+                values.append(float(self.loss(step * self.direction, dual, recorded)))
         return (values[0] - values[1]) / (2 * STEP)
 
 
 def check_gradient(case: Conformance) -> None:
     """The gradient is finite, not zero, and agrees with finite differences."""
-    held = ChangedArrays() if case.style.holds else None
-    gradient = case.gradient(held=held)
+    recorded = RecordedStops() if case.style.holds else None
+    gradient = case.gradient(recorded=recorded)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
-    found, true = float((gradient * case.direction).sum()), case.slope(held)
+    found, true = float((gradient * case.direction).sum()), case.slope(recorded)
     assert abs(found - true) <= 1e-5 * abs(true) + 1e-9, (found, true)
 
 

@@ -156,7 +156,7 @@ def test_a_file_is_opened_by_each_worker_itself(photos: Photos) -> None:
     ):
         assert all(os.getpid() not in batch for batch in loader)
     assert dataset.opened_by is None
-    # Workers that are not forked get a pickle: nothing that has raw a file is in it.
+    # Workers that are not forked get a pickle: nothing that has opened a file is in it.
     assert "opened_by" not in str(pickle.dumps(raw)) + str(pickle.dumps(poisoned))
 
 

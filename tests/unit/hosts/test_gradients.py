@@ -379,7 +379,7 @@ def test_queues_hold_keys_but_no_graph() -> None:
 
 
 def test_hosts_may_read_values_and_flags() -> None:
-    """What works on tensors without gradient works on gradients ones: reading, copying, flags."""
+    """Reading, copying, flags: what works on plain tensors works on those of the opened branch."""
     host = NoGradBYOL()
 
     def forward_momentum(x: Tensor) -> Tensor:

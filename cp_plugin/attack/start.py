@@ -1,0 +1,181 @@
+"""What a craft begins with: rows of delta, new, resumed or from a poison file, and their images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_plugin.attack.loop import Rows
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, UserError
+from cp_plugin.data import RawDataset, names_or_numbers
+from cp_plugin.data.subset import keys_of_part
+
+MAPPED_BYTES = 8 << 30
+"""A perturbation larger than this is mapped from a file instead of held in memory."""
+
+
+@dataclass
+class Start:
+    """What a craft begins with."""
+
+    perturbation: Perturbation
+    rows: Rows
+    images: int | None = None
+    """Different images of the data set that could carry a poison; None: not counted."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """Method, model and noise steps of each surrogate that the perturbation has been through."""
+
+
+def start(
+    raw: RawDataset,
+    labels: Tensor | None,
+    config: AlternationConfig,
+    seed: int,
+    folder: Path,
+    resumed: Mapping[str, Any] | None,
+) -> Start:
+    """Make the rows of delta for the images of a data set.
+
+    Args:
+        raw: the data set without its transform.
+        labels: int64 (N), negative where unlabelled; None: there are none.
+        config: granularity, fraction, eps, dtype and init are read from it.
+        seed: of the start noise.
+        folder: where a perturbation too large for memory is mapped from.
+        resumed: an earlier run's state, with `tensors`.
+
+    Raises:
+        UserError: class granularity without labels, a start or a state that does not fit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _pass_over_shuffles(labels, len(raw), generator)
+    chosen, keys, images = _chosen(raw, labels, config)
+    names = names_or_numbers(raw.dataset)
+    if config.granularity == "class":
+        if labels is None or names is None or not bool((labels >= 0).any()):
+            raise UserError(
+                "poison.granularity=class needs labelled images and this data set has no "
+                "labels; use labelled data or a sample poison (+poison=cp)."
+            )
+        rows, count = Rows.of_classes(labels, chosen), len(names)
+    else:
+        rows, count = Rows.of_samples(chosen), int(chosen.sum())
+    if resumed:
+        return Start(_resumed(resumed["tensors"], rows, keys, count, config), rows, images)
+    perturbation = _noise(raw, count, config, folder, generator)
+    parts: list[dict[str, Any]] = []
+    if config.init not in (RANDOM, ZERO):
+        poison = Poison.load(config.init)
+        parts = parts_of(poison)
+        _take_over(poison, raw, labels, perturbation, rows)
+    return Start(perturbation, rows, images, parts)
+
+
+def parts_of(poison: Poison) -> list[dict[str, Any]]:
+    """Return method, model steps and noise steps of each surrogate that a poison has been through.
+
+    Earlier versions wrote the last surrogate's model steps alone; what is not known is None.
+    """
+    if "parts" in poison.info:
+        parts: list[dict[str, Any]] = json.loads(poison.info["parts"])
+        return parts
+    if "schedule" not in poison.info:
+        return []
+    steps = json.loads(poison.info["schedule"]).get("surrogate_steps_done")
+    return [{"method": poison.info.get("method"), "model_steps": steps, "noise_steps": None}]
+
+
+def _chosen(
+    raw: RawDataset, labels: Tensor | None, config: AlternationConfig
+) -> tuple[Tensor, Tensor, int | None]:
+    """Return which images are poisoned, bool (N), their keys, and how many could be.
+
+    With the whole data set nothing is read: no keys, and no count.
+    """
+    if config.fraction == 1:
+        return torch.ones(len(raw), dtype=torch.bool), torch.empty(0), None
+    of_all = torch.tensor([raw[image].key for image in range(len(raw))])
+    keys = keys_of_part(of_all, labels, config.fraction)
+    countable = of_all
+    if config.granularity == "class" and labels is not None:
+        countable = of_all[labels >= 0]  # the others carry no class poison by design
+    return torch.isin(of_all, keys), keys, len(torch.unique(countable))
+
+
+def _resumed(
+    tensors: Mapping[str, Tensor], rows: Rows, keys: Tensor, count: int, config: AlternationConfig
+) -> Perturbation:
+    if rows.keys is not None:
+        saved = tensors["keys"]
+        known = saved[saved != 0] if config.fraction < 1 else saved[:0]
+        if len(saved) != count or not bool(torch.isin(known, keys).all()):
+            raise UserError(
+                f"the checkpoint's perturbation has {len(saved)} rows of other images "
+                f"than the {count} that poison.fraction={config.fraction} poisons here; "
+                "resume with the data set, the settings and the version that it was made "
+                "with, or start anew."
+            )
+        rows.restore(saved)
+    perturbation = Perturbation(tensors["delta"], config.eps)
+    # Snapshots of earlier versions do not tell; their rows count as moved.
+    perturbation.moved = tensors.get("moved", torch.ones_like(perturbation.moved))
+    return perturbation
+
+
+def _noise(
+    raw: RawDataset,
+    count: int,
+    config: AlternationConfig,
+    folder: Path,
+    generator: torch.Generator,
+) -> Perturbation:
+    channels, height, width = raw[0].image.shape
+    bytes_ = count * channels * height * width * 4
+    file = folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
+    shape = (channels, height, width)
+    if config.init == ZERO:
+        return Perturbation.zeros(count, shape, config.eps, config.dtype, file)
+    return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
+
+
+def _take_over(
+    poison: Poison,
+    raw: RawDataset,
+    labels: Tensor | None,
+    perturbation: Perturbation,
+    rows: Rows,
+) -> None:
+    """Take over rows of a poison file: of the data set's classes, or of the same images."""
+    if poison.perturbation.shape != perturbation.shape:
+        raise UserError(
+            f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
+            f"{perturbation.shape}; use a poison of the same image size."
+        )
+    names = names_or_numbers(raw.dataset)
+    poison.check_classes(names)
+    for first in range(0, len(raw), 1024):
+        images = torch.arange(first, min(first + 1024, len(raw)))
+        own = rows.of_image[images]
+        if poison.granularity == "class":
+            known = [None] * len(images) if labels is None else labels[images].tolist()
+            of_images = [names[y] if names and y is not None and y >= 0 else None for y in known]
+            theirs = poison.rows(classes=of_images)
+        else:
+            theirs = poison.rows(keys=[raw[int(image)].key for image in images])
+        use = (own >= 0) & (theirs >= 0)
+        perturbation.write(own[use], poison.perturbation.gather(theirs[use]))
+
+
+def _pass_over_shuffles(labels: Tensor | None, count: int, generator: torch.Generator) -> None:
+    """Draw what a seeded choice of images once drew first: a seed keeps the start that it gave."""
+    groups = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    for members in torch.unique(groups, return_counts=True)[1].tolist():
+        torch.randperm(members, generator=generator)
