@@ -79,8 +79,8 @@ def test_photos_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
         Photos(True, size=4)
     with pytest.raises(UserError, match="at least one patch"):
         Photos(True, patches=0)
-    with pytest.raises(UserError, match="fewer than 30000 different patches"):
-        Photos(False, patches=30000)
+    with pytest.raises(UserError, match="fewer than 3000 different patches"):
+        photo_module.boxes(60, 60, False, 3000, 0)
     monkeypatch.setattr(photo_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="scikit-image"):
         Photos(True)

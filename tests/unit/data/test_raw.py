@@ -230,29 +230,6 @@ def test_opened_names_the_setting_when_sizes_differ(image_folder: MakeFolder) ->
         raw.collate([raw[0], raw[-1]])
 
 
-@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
-def test_opened_works_in_worker_processes(
-    method: str, workers: int, image_folder: MakeFolder
-) -> None:
-    dataset = LightlyDataset(str(image_folder()), transform=SimCLRTransform(input_size=24))
-    raw = RawDataset(dataset, image_size=32)
-    loader = DataLoader(
-        raw,
-        batch_size=5,
-        num_workers=workers,
-        collate_fn=raw.collate,
-        multiprocessing_context=method,
-    )
-    batches = list(loader)
-    assert torch.cat([batch.rows for batch in batches]).tolist() == list(range(12))
-    expected = [raw[row].key for row in range(12)]
-    assert torch.cat([batch.keys for batch in batches]).tolist() == expected
-    views, target, names = raw.with_views(batches[0].sample, views_of(5))
-    assert len(views) == 2
-    assert target.tolist() == [0, 0, 0, 0, 1]
-    assert names[4].endswith("brick_000.png")
-
-
 def test_opened_serves_lightly_data_sets(image_folder: MakeFolder, photos: Photos) -> None:
     flat = LightlyDataset(str(image_folder(flat=True)), transform=SimCLRTransform(24))
     raw = RawDataset(flat, image_size=32)

@@ -73,7 +73,8 @@ def test_exact(name: str) -> None:
     out = view(x)
     assert out.dtype == torch.float64
     assert out.shape != x.shape or not torch.equal(out, x)
-    assert torch.autograd.gradcheck(view, (x,), eps=1e-7, atol=1e-5)
+    # Along random directions through all pixels at once, which takes a hundredth of the time.
+    assert torch.autograd.gradcheck(view, (x,), eps=1e-7, atol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
