@@ -1,6 +1,6 @@
 """Whole steps of a surrogate on a processor, with Numba's kernels in the mirror and without.
 
-    python -m tests.bench.compiled [--network NAME] [--repeats N]
+    python -m tests.bench.compiled [--network NAME] [--size PIXELS] [--repeats N]
 
 A noise step and a model step of SimCLR in float32, one thread, by turns: by the small network of
 the studies or by the paper's ResNet-18, with the paper's augmentations and with crops and flips
@@ -26,7 +26,7 @@ from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror, processor
 from tests.bench.provenance import interleaved, provenance, write
 
-SIZE, BATCH, ROWS, EPS = 32, 64, 2400, 8 / 255
+BATCH, ROWS, EPS = 64, 2400, 8 / 255
 NETWORKS = {
     "studies": ("+backbone.kwargs.stem_stride=2",),
     "resnet18": ("~backbone.kwargs",),
@@ -34,15 +34,15 @@ NETWORKS = {
 AUGMENTATIONS = {"the paper's": (), "crops and flips": ("augmentations=crops",)}
 
 
-def steps(settings: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+def steps(settings: tuple[str, ...], size: int) -> dict[str, Callable[[], Any]]:
     """Return a noise step and a model step, always on the same batch."""
-    cfg = complete(compose("simclr", settings))
-    photos = Photos(train=True, patches=-(-ROWS // 12), transform=build_pipeline(cfg))
-    raw = RawDataset(photos, SIZE)
+    cfg = complete(compose("simclr", [*settings, f"augmentations.0.crop_size={size}"]))
+    photos = Photos(True, size, transform=build_pipeline(cfg), patches=-(-ROWS // 12))
+    raw = RawDataset(photos, size)
     batch = raw.collate([raw[row * (len(raw) // BATCH)] for row in range(BATCH)])
-    module = build_method(cfg, SIZE)
+    module = build_method(cfg, size)
     host = LightningHost(module, raw.with_views)
-    perturbation = Perturbation.uniform(len(raw), (3, SIZE, SIZE), EPS, "float16")
+    perturbation = Perturbation.uniform(len(raw), (3, size, size), EPS, "float16")
     rows = Rows.of_samples(torch.ones(len(raw), dtype=torch.bool))
     attack = Attack(
         host, mirror(photos.transform), perturbation, rows, CraftConfig(pgd_steps=1), seed=0
@@ -71,11 +71,11 @@ def without(run: Callable[[], Any]) -> Callable[[], Any]:
     return plain
 
 
-def measure(network: str, repeats: int) -> dict[str, Any]:
+def measure(network: str, size: int, repeats: int) -> dict[str, Any]:
     """Return the result: a row an augmentation and step."""
     found = []
     for augmentation, more in AUGMENTATIONS.items():
-        for step, run in steps((*NETWORKS[network], *more)).items():
+        for step, run in steps((*NETWORKS[network], *more), size).items():
             times = interleaved({"compiled": run, "plain": without(run)}, repeats)
             row = {
                 "network": network,
@@ -89,7 +89,7 @@ def measure(network: str, repeats: int) -> dict[str, Any]:
             print(augmentation, step, {k: round(v["cpu"]) for k, v in times.items()})
     return {
         "provenance": provenance(["torch", "torchvision", "timm", "lightly", "numba"]),
-        "what": f"SimCLR, float32, batch {BATCH} of {SIZE} pixels",
+        "what": f"SimCLR, float32, batch {BATCH} of {size} pixels",
         "rows": found,
     }
 
@@ -98,10 +98,12 @@ def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", choices=NETWORKS, default="studies")
+    parser.add_argument("--size", type=int, default=32, help="of the images, pixels")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(write("compiled", measure(given.network, given.repeats)))
+    result = measure(given.network, given.size, given.repeats)
+    print(write("compiled", result, "" if given.size == 32 else f"{given.size} pixels"))
 
 
 if __name__ == "__main__":
