@@ -12,14 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cp_plugin.apps.solo_runs import configuration, is_solo_run, load_solo_run, training_images
+from cp_plugin.apps.runs import Run, run_in
 from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.data.canonical import canonical_form
-from cp_plugin.engine import METHODS, build_pipeline
 from cp_plugin.engine.readability import Readability, readability
 from cp_plugin.engine.run import check
 from cp_plugin.engine.supervised import Supervised
@@ -28,57 +27,18 @@ from cp_plugin.evaluation.finetune import check_fraction
 from cp_plugin.evaluation.finetune import finetune as fine_tune
 from cp_plugin.evaluation.metrics import COSINE, NONE, PAPER, PROBES, knn, linear_probe
 from cp_plugin.evaluation.paper_probe import paper_probe
-from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
-from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, POISON_FILE
+from cp_plugin.util.run_files import CONFIG_FILE, POISON_FILE
 
 log = logging.getLogger("cp_plugin")
-
-
-def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
-    """Return the trained module, on the CPU, and its configuration.
-
-    Args:
-        checkpoint: a `.ckpt` file of the embedded engine, or the folder of a run.
-
-    Raises:
-        UserError: it is missing, damaged, or was not made by the embedded engine.
-    """
-    path = checkpoint / f"{CHECKPOINT}.ckpt" if checkpoint.is_dir() else checkpoint
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = OmegaConf.create(saved["hyper_parameters"]["cfg"])
-        image_size = saved["hyper_parameters"]["image_size"]
-    except Exception as error:  # torch.load has no error class of its own for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is no checkpoint of the embedded engine, or it is damaged ({reason})."
-        ) from error
-    assert isinstance(cfg, DictConfig)
-    module = METHODS[cfg.method](cfg, image_size)
-    module.load_state_dict(saved["state_dict"])
-    return module.eval(), cfg
-
-
-def _trained(checkpoint: Path, folder: Path) -> tuple[LightningHost, Any, DictConfig]:
-    """Return encoder, augmentation pipeline and configuration of a run of either kind."""
-    if is_solo_run(folder):
-        return load_solo_run(checkpoint)
-    module, cfg = load_run(checkpoint)
-    return LightningHost(module, lambda sample, _: sample, ()), build_pipeline(cfg), cfg
 
 
 def poison_of(folder: Path) -> Poison | None:
     """Return the poison that a run made or was trained on, None for a clean run."""
     if (folder / POISON_FILE).is_file():
         return Poison.load(folder / POISON_FILE)
-    config = folder / CONFIG_FILE
-    if is_solo_run(folder):
-        path = OmegaConf.select(configuration(folder), "poison.path")
-    else:
-        path = OmegaConf.select(OmegaConf.load(config), "poison.path") if config.is_file() else None
+    cfg = run_in(folder).configuration()
+    path = None if cfg is None else OmegaConf.select(cfg, "poison.path")
     return Poison.load(path) if path else None
 
 
@@ -117,8 +77,9 @@ def evaluate(
     if probe not in PROBES:
         raise UserError(f"probe must be one of {', '.join(PROBES)}; got {probe!r}.")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    host, pipeline, cfg = _trained(checkpoint, folder)
-    sets = _sets(folder, pipeline, cfg, poison or poison_of(folder), data, test)
+    run = run_in(folder)
+    host, pipeline, cfg = run.trained(checkpoint)
+    sets = _sets(run, pipeline, cfg, poison or poison_of(folder), data, test)
     query_features = sets.query.features(host.encode, sets.normalize)
     rows = []
     for bank_name, bank in sets.banks.items():
@@ -168,11 +129,12 @@ def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
     files = {_step_of(file): file for file in sorted(run.glob("*.ckpt"))}
     if len(files) < 2:
         return []
-    _, pipeline, cfg = _trained(run, run)
-    sets = _sets(run, pipeline, cfg, poison, None, None)
+    clean = run_in(run)
+    _, pipeline, cfg = clean.trained(run)
+    sets = _sets(clean, pipeline, cfg, poison, None, None)
     bank, rows = sets.banks["poisoned"], []
     for step, file in sorted(files.items()):
-        host = _trained(file, run)[0]
+        host = clean.trained(file)[0]
         found, query = (one.features(host.encode, sets.normalize) for one in (bank, sets.query))
         near = knn(found, bank.labels, query, sets.query.labels)
         rows.append({"step": step, "knn_control": near.accuracy})
@@ -216,7 +178,7 @@ class _Sets(NamedTuple):
 
 
 def _sets(
-    folder: Path,
+    run: Run,
     pipeline: Any,
     cfg: DictConfig,
     poison: Poison | None,
@@ -226,8 +188,8 @@ def _sets(
     source = cfg.data
     name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
     train, tests = load(name, path, test or source.val_path, source.no_labels)
-    if is_solo_run(folder) and data is None:
-        train = training_images(cfg)
+    if data is None:
+        train = run.training_images(cfg)
     if tests is None:
         raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
     view_mirror = mirror(pipeline)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 
-from cp_plugin.apps.solo_runs import configuration, is_solo_run, training_images
+from cp_plugin.apps.runs import run_in
 from cp_plugin.attack.inject import AddPoison, part
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
@@ -198,17 +197,14 @@ def _distinct(names: list[Path]) -> list[Path]:
 def _dataset(poison_file: Path, data: Path | None, by_class: bool) -> Any:
     if data is not None:
         return load("custom", data, no_labels=not by_class)[0]
-    if is_solo_run(poison_file.parent):
-        return training_images(configuration(poison_file.parent))
-    config = poison_file.parent / CONFIG_FILE
-    if not config.is_file():
+    run = run_in(poison_file.parent)
+    cfg = run.configuration()
+    if cfg is None:
         raise UserError(
             f"there is no {CONFIG_FILE} beside the poison, so its data set is not known; give the "
             "folder of clean images with --data DIR."
         )
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    return load(cfg.data.dataset, cfg.data.train_path, None, cfg.data.no_labels)[0]
+    return run.training_images(cfg)
 
 
 def _relative_names(dataset: Any, known: Any, names: tuple[str, ...] | None) -> Iterator[Path]:

@@ -23,79 +23,84 @@ from cp_plugin.util.run_files import SOLO_ARGS_FILE
 ENCODER = "backbone."
 
 
-def is_solo_run(folder: Path) -> bool:
-    """Tell whether a folder is that of a run of solo-learn."""
-    return (folder / SOLO_ARGS_FILE).is_file()
+class SoloRun:
+    """A run of solo-learn, see `cp_plugin.apps.runs.Run`."""
 
+    def __init__(self, folder: Path) -> None:
+        """Remember the folder of the checkpoints."""
+        self.folder = folder
 
-def configuration(folder: Path) -> DictConfig:
-    """Return the parsed configuration of a run.
+    @staticmethod
+    def left_in(folder: Path) -> bool:
+        """Tell whether a folder is that of a run of solo-learn."""
+        return (folder / SOLO_ARGS_FILE).is_file()
 
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        found = json.loads((folder / SOLO_ARGS_FILE).read_text(encoding="utf8"))
-    except ValueError as error:
-        raise UserError(f"{folder / SOLO_ARGS_FILE} is damaged ({error}).") from error
-    cfg = OmegaConf.create(found)
-    assert isinstance(cfg, DictConfig)
-    return cfg
+    def configuration(self) -> DictConfig:
+        """Return the parsed configuration of the run.
 
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            found = json.loads((self.folder / SOLO_ARGS_FILE).read_text(encoding="utf8"))
+        except ValueError as error:
+            raise UserError(f"{self.folder / SOLO_ARGS_FILE} is damaged ({error}).") from error
+        cfg = OmegaConf.create(found)
+        assert isinstance(cfg, DictConfig)
+        return cfg
 
-def load_solo_run(checkpoint: Path) -> tuple[SoloHost, Any, DictConfig]:
-    """Return the trained encoder behind the host's protocol, on the CPU, with its surroundings.
+    def trained(self, checkpoint: Path) -> tuple[SoloHost, Any, DictConfig]:
+        """Return the trained encoder behind the host's protocol, on the CPU, with its surroundings.
 
-    Args:
-        checkpoint: a `.ckpt` file of solo-learn beside its `args.json`, or their folder.
+        Args:
+            checkpoint: a `.ckpt` file of solo-learn beside its `args.json`, or their folder.
 
-    Returns:
-        The host, solo-learn's own augmentation pipeline, and the parsed configuration.
+        Returns:
+            The host, solo-learn's own augmentation pipeline, and the parsed configuration.
 
-    Raises:
-        UserError: a file is missing or damaged, or solo-learn cannot be imported.
-    """
-    path = _newest(checkpoint) if checkpoint.is_dir() else checkpoint
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}.")
-    cfg = configuration(path.parent)
-    solo = _solo_learn(path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        module = _base_method(solo.methods.base.BaseMethod, cfg)
-        own = {key: value for key, value in weights.items() if key.startswith(ENCODER)}
-        module.backbone.load_state_dict({key[len(ENCODER) :]: own[key] for key in own})
-    except Exception as error:  # torch.load has no error class of its own for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not the checkpoint of the configuration in {SOLO_ARGS_FILE} beside it, or "
-            f"it is damaged ({reason})."
-        ) from error
-    return SoloHost(module.eval(), lambda sample, _: sample), _pipeline(solo, cfg), cfg
+        Raises:
+            UserError: a file is missing or damaged, or solo-learn cannot be imported.
+        """
+        path = _newest(checkpoint) if checkpoint.is_dir() else checkpoint
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint at {path}.")
+        cfg = self.configuration()
+        solo = _solo_learn(path)
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            module = _base_method(solo.methods.base.BaseMethod, cfg)
+            own = {key: value for key, value in weights.items() if key.startswith(ENCODER)}
+            module.backbone.load_state_dict({key[len(ENCODER) :]: own[key] for key in own})
+        except Exception as error:  # torch.load has no error class of its own for damaged files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{path} is not the checkpoint of the configuration in {SOLO_ARGS_FILE} beside it, "
+                f"or it is damaged ({reason})."
+            ) from error
+        return SoloHost(module.eval(), lambda sample, _: sample), _pipeline(solo, cfg), cfg
 
+    def training_images(self, cfg: DictConfig) -> Any:
+        """Return the training images of a run, those of its `data.fraction`.
 
-def training_images(cfg: DictConfig) -> Any:
-    """Return the training images of a run, those of its `data.fraction`.
+        Args:
+            cfg: its parsed configuration.
 
-    Args:
-        cfg: its parsed configuration.
-
-    Raises:
-        UserError: they are not where they were.
-    """
-    data = cfg.data
-    if data.format == "h5" or data.get("fraction", -1) > 0:
-        solo = _solo_learn(SOLO_ARGS_FILE)
-        return solo.data.pretrain_dataloader.prepare_datasets(
-            data.dataset,
-            None,
-            train_data_path=data.train_path,
-            data_format="h5" if data.format == "h5" else "image_folder",
-            no_labels=data.no_labels,
-            download=False,
-            data_fraction=data.get("fraction", -1),
-        )
-    return load(data.dataset, data.train_path, None, data.no_labels)[0]
+        Raises:
+            UserError: they are not where they were.
+        """
+        data = cfg.data
+        if data.format == "h5" or data.get("fraction", -1) > 0:
+            solo = _solo_learn(SOLO_ARGS_FILE)
+            return solo.data.pretrain_dataloader.prepare_datasets(
+                data.dataset,
+                None,
+                train_data_path=data.train_path,
+                data_format="h5" if data.format == "h5" else "image_folder",
+                no_labels=data.no_labels,
+                download=False,
+                data_fraction=data.get("fraction", -1),
+            )
+        return load(data.dataset, data.train_path, None, data.no_labels)[0]
 
 
 def _newest(folder: Path) -> Path:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Subset
 
-from cp_plugin.apps.evaluate_run import load_run
+from cp_plugin.apps.engine_runs import load_run
 from cp_plugin.config.settings import MonitorConfig
 from cp_plugin.data import load
 from cp_plugin.engine import build_pipeline

@@ -190,7 +190,7 @@ def test_a_private_run_of_the_engine_tells_its_defence(image_folder, tmp_path):
     assert written["defence"] == "dp_sgd"
     assert written["defence_settings"] == {"epsilon": 8.0, "delta": 1e-05, "max_grad_norm": 1.0}
     assert 7 < written["defence_facts"]["epsilon_spent"] <= 8
-    from cp_plugin.apps.evaluate_run import load_run
+    from cp_plugin.apps.engine_runs import load_run
 
     module, _ = load_run(tmp_path / result["folder"])
     norms = [m for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))]

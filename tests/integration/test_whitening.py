@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_plugin.apps.evaluate_run import evaluate, load_run
+from cp_plugin.apps.engine_runs import load_run
+from cp_plugin.apps.evaluate_run import evaluate
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.engine.run import run
 
