@@ -1,4 +1,4 @@
-"""What a trainer feeds to its module: images before augmentation, views made by the mirror.
+"""What a trainer gives to its module: images before augmentation, views made by the mirror.
 
 The user's loader stays the user's own, with its sampler, batch size and workers; only the data set
 it fetches from and the function it collates by are exchanged while a run lasts, and put back after.

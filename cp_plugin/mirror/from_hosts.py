@@ -1,4 +1,4 @@
-"""Twins of solo-learn's and Lightly's own transforms, and what makes several views of an image."""
+"""Operations for solo-learn's and Lightly's own transforms, and what makes several views."""
 
 from __future__ import annotations
 

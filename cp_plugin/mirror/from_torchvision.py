@@ -1,4 +1,4 @@
-"""Twins of torchvision's transforms, v1 and v2."""
+"""Operations for torchvision's transforms, v1 and v2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twins of torchvision's less usual transforms, v1 and v2."""
+"""Operations for torchvision's less usual transforms, v1 and v2."""
 
 from __future__ import annotations
 

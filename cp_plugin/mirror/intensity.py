@@ -1,4 +1,4 @@
-"""Changes of single tones: solarise, posterise, equalise, autocontrast, sharpness, invert."""
+"""Changes of intensity: solarise, posterise, equalise, autocontrast, sharpness, invert."""
 
 from __future__ import annotations
 

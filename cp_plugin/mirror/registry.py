@@ -88,7 +88,7 @@ RULES: dict[str, Rule] = {}
 ON_SPECTRA: set[str] = set()
 """Those of them that take the spectrum of an image."""
 OPS: dict[type, OpFactory] = {}
-"""Twins that `register_op` was given."""
+"""Operations that `register_op` was given."""
 
 
 def register_op(host_class: type, op: OpFactory) -> None:

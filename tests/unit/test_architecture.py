@@ -18,8 +18,9 @@ ROOMS = (
 )
 """From the lowest to the highest: a room imports only rooms before it."""
 PRIVATE_WORDS = re.compile(
-    r"\b(passport|opened_loader|Opened|AskingAttack|AskingCrafting|Untouched|untouched|settling"
-    r"|DrawPoison|neighbours_of|check_release|release_of)\b"
+    r"\b(passport|opened_loader|Opened|[Aa]sking|AskingAttack|AskingCrafting|Untouched|untouched"
+    r"|settl(e|ed|ing)|DrawPoison|neighbours_of|check_release|release_of|[Tt]wins?|feeds?|ViewPart"
+    r"|SeenImages|num_chain|[Ii]mageStage|tones|warp)\b"
 )
 """Words of our own for which the field has a term."""
 LONGEST_FUNCTION = 60
