@@ -123,7 +123,7 @@ class PoisonLoop:
                 "surrogate anew: leave restarts out, and hand the poison on by init=FILE."
             )
         method = type(model).__name__
-        self._raw, view_mirror = raw_and_mirror(dataloader.dataset, method, config.image_size)
+        self._raw, view_mirror = raw_and_mirror(dataloader.dataset, method, config)
         module = _Together(model, others) if others else model
         check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))

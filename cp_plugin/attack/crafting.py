@@ -25,7 +25,7 @@ from cp_plugin.attack.start import start
 from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.canonical import canonical_size
+from cp_plugin.data.canonical import aspects, canonical_size
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
@@ -40,7 +40,9 @@ DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
 
 
-def raw_and_mirror(dataset: Any, method: str, image_size: int | None) -> tuple[RawDataset, Mirror]:
+def raw_and_mirror(
+    dataset: Any, method: str, config: AlternationConfig
+) -> tuple[RawDataset, Mirror]:
     """Take the transform off a data set and return what it leaves, and the transform's mirror.
 
     A transform of one view that the data set calls for each of its views is mirrored as often.
@@ -48,7 +50,7 @@ def raw_and_mirror(dataset: Any, method: str, image_size: int | None) -> tuple[R
     Args:
         dataset: a map-style data set of images.
         method: what is crafted with, for errors.
-        image_size: side of delta in pixels; None: as `canonical_size` says.
+        config: `image_size` and `fit` are read from it, see `canonical_size`.
 
     Raises:
         UserError: the data set streams, or its transform has no mirror or makes no views.
@@ -58,8 +60,9 @@ def raw_and_mirror(dataset: Any, method: str, image_size: int | None) -> tuple[R
     view_mirror = mirror(own.transform)
     if view_mirror.views == 1 and own.places > 1:
         view_mirror = mirror([own.transform] * own.places)
-    size = canonical_size(dataset, view_mirror.resized_side, image_size)
-    return RawDataset(dataset, size), view_mirror
+    side = view_mirror.resized_side
+    size = canonical_size(dataset, side, config.image_size, config.fit)
+    return RawDataset(dataset, size, config.fit), view_mirror
 
 
 class Crafting:
@@ -103,7 +106,10 @@ class Crafting:
         self._images, self._parts_before = begun.images, begun.parts
         if begun.perturbation.stored.nbytes <= DEVICE_BYTES:
             begun.perturbation.move(host.device)
-        self.attack = Attack(host, view_mirror, begun.perturbation, begun.rows, config, seed)
+        of_images = aspects(raw) if config.fit == "cover" else None
+        self.attack = Attack(
+            host, view_mirror, begun.perturbation, begun.rows, config, seed, of_images
+        )
         self._bound = list(host.momentum_modules())
         host.branch.dual = config.uses_dual_branch
         self._gradients_since_check = 0
@@ -180,7 +186,13 @@ class Crafting:
         if [id(module) for module in found] != [id(module) for module in self._bound]:
             old = self.attack
             self.attack = Attack(
-                self.host, self.mirror, old.perturbation, old.rows, self.config, self.seed
+                self.host,
+                self.mirror,
+                old.perturbation,
+                old.rows,
+                self.config,
+                self.seed,
+                old.aspects,
             )
             self.attack.scaled = old.scaled
             self._bound = found
@@ -375,6 +387,7 @@ class Crafting:
             "model_steps": self.schedule.steps_done,
             "noise_steps": self.schedule.noise_steps_done,
         }
+        covering = {} if self.config.fit == "crop" else {"fit": self.config.fit}
         return {
             "poison": self.kind,
             "host": getattr(self.host.module, "framework_name", self.host.framework),
@@ -386,6 +399,7 @@ class Crafting:
             "fraction": str(self.config.fraction),
             "seed": str(self.seed),
             "versions": json.dumps(versions()),
+            **covering,
         }
 
 

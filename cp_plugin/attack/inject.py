@@ -20,7 +20,6 @@ from cp_plugin.data import (
     names_or_numbers,
     wrappers,
 )
-from cp_plugin.data.image import Size
 
 CHECKED = 1000
 """Images looked up before training, all over the data set; the rest are when they are loaded."""
@@ -88,7 +87,7 @@ def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformD
 def added(dataset: Any, poison: Poison) -> PreTransformDataset:
     """Return a data set whose images carry a poison that is known to fit."""
     add = AddPoison(poison, _classes(dataset, poison))
-    return PreTransformDataset(dataset, add, poison.size, add.many)
+    return PreTransformDataset(dataset, add, poison.size, add.many, poison.fit)
 
 
 def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
@@ -109,7 +108,7 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         _check_images(dataset, poison)
     if fraction == 1:
         return poison
-    keys = torch.tensor(_keys(dataset, poison.size, range(len(dataset))))
+    keys = torch.tensor(_keys(dataset, poison, range(len(dataset))))
     return poison.part(fraction, keys, labels(dataset), classes)
 
 
@@ -141,7 +140,7 @@ def _check_images(dataset: Any, poison: Poison) -> None:
         rows = rows[known >= 0]  # the others carry none by design
     count = min(len(rows), max(CHECKED, math.ceil(EXPECTED / poison.fraction)))
     looked_up = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
-    keys = torch.tensor(_keys(dataset, poison.size, looked_up.tolist()))
+    keys = torch.tensor(_keys(dataset, poison, looked_up.tolist()))
     carry = torch.isin(keys, poison.owned_keys)
     if poison.fraction < 1:
         images, found = len(torch.unique(keys)), len(torch.unique(keys[carry]))
@@ -201,10 +200,10 @@ def _at_most(found: int, count: int, p: float) -> float:
     return math.fsum(map(math.exp, logs))
 
 
-def _keys(dataset: Any, image_size: Size, rows: Sequence[int]) -> list[int]:
+def _keys(dataset: Any, poison: Poison, rows: Sequence[int]) -> list[int]:
     """Return the keys of the images in some rows, also of a data set without a transform."""
     if wrappers.transforms_of(dataset):
-        raw = RawDataset(dataset, image_size)
+        raw = RawDataset(dataset, poison.size, poison.fit)
         return [raw[row].key for row in rows]
     keys: list[int] = []
 
@@ -212,7 +211,7 @@ def _keys(dataset: Any, image_size: Size, rows: Sequence[int]) -> list[int]:
         keys.append(key)
         return image_CHW
 
-    plain = PreTransformDataset(dataset, note, image_size)
+    plain = PreTransformDataset(dataset, note, poison.size, fit=poison.fit)
     for row in rows:
         plain[row]
     return keys

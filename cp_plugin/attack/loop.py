@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from cp_plugin.attack.perturbation import Perturbation
-from cp_plugin.config.settings import AlternationConfig, UserError
+from cp_plugin.config.settings import AlternationConfig, Fit, UserError
 from cp_plugin.data.batch import Batch
+from cp_plugin.data.fit import keeping_grey
 from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 from cp_plugin.hosts.protocol import Host, LossRequest, LossRequests, answer
@@ -127,8 +128,10 @@ class _Step:
     """Their sum."""
 
 
-def poisoned(images_BCHW: Tensor, delta_BCHW: Tensor) -> Tensor:
-    """Return uint8 images plus delta as float32 in [0, 1]."""
+def poisoned(images_BCHW: Tensor, delta_BCHW: Tensor, fit: Fit = "crop") -> Tensor:
+    """Return uint8 images plus delta as float32 in [0, 1]; with `cover` grey ones stay grey."""
+    if fit == "cover":
+        delta_BCHW = keeping_grey(delta_BCHW, images_BCHW)
     return (images_BCHW.float().div_(255) + delta_BCHW).clamp(0, 1)
 
 
@@ -143,6 +146,7 @@ class Attack:
         rows: Rows,
         config: AlternationConfig,
         seed: int,
+        aspects: Tensor | None = None,
     ) -> None:
         """Bind the parts.
 
@@ -153,7 +157,10 @@ class Attack:
             rows: which row belongs to which image.
             config: T, the step size and whether gradients pass a momentum branch are read from it.
             seed: seeds the augmentations; together with a step's number it fixes them.
+            aspects: float64 (N), width over height of each image where all of it was squeezed into
+                the shape of delta (`fit: cover`): crops are drawn as of the image itself.
         """
+        self.aspects = aspects
         self.host, self.mirror, self.perturbation = host, mirror, perturbation
         self.rows, self.config, self.seed = rows, config, seed
         self._generator = torch.Generator()
@@ -184,7 +191,8 @@ class Attack:
             delta = self.perturbation.gather(rows_U, batch.images.device)
             if self.config.joint:
                 delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
-            return self._mirrored(poisoned(batch.images, delta[inverse_B]), "model", step)
+            images = poisoned(batch.images, delta[inverse_B], self.config.fit)
+            return self._mirrored(images, batch, "model", step)
 
     def noise_phase(self, batches: Iterable[Batch], step: int) -> list[Tensor]:
         """Optimise delta on each batch down the host's own loss, see `noise_requests`.
@@ -252,8 +260,8 @@ class Attack:
         found = []
         for pgd_step in range(self.config.pgd_steps):
             delta = self.perturbation.gather(rows_U, batch.images.device).requires_grad_()
-            images = poisoned(batch.images, delta[inverse_B])
-            views = self._mirrored(images, "noise", *at, pgd_step)
+            images = poisoned(batch.images, delta[inverse_B], self.config.fit)
+            views = self._mirrored(images, batch, "noise", *at, pgd_step)
             step = _Step(delta)
             with self._gradients:
                 yield LossRequest(views, batch, functools.partial(self._on_loss, step))
@@ -318,15 +326,17 @@ class Attack:
         self.perturbation.descend(rows_U, summed(gradient), step)
         self.moved = True
 
-    def _mirrored(self, images: Tensor, phase: str, *place: int) -> list[Tensor]:
+    def _mirrored(self, images: Tensor, batch: Batch, phase: str, *place: int) -> list[Tensor]:
         self._generator.manual_seed(derived_seed(self.seed, phase, *place))
+        aspects_B = None if self.aspects is None else self.aspects[gathered(batch.rows)]
         own = share()
         if own.processes == 1:
-            views: list[Tensor] = self.mirror(images, generator=self._generator)
+            views: list[Tensor] = self.mirror(images, self._generator, aspects=aspects_B)
             return views
         # Parameters are drawn for the images of all processes at once: an image gets the same ones
         # however many there are. Blank images stand for those of the others.
         places = own.positions(len(images))
         whole = images.new_zeros(len(images) * own.processes, *images.shape[1:])
         whole[places] = images
-        return [view[places] for view in self.mirror(whole, generator=self._generator)]
+        made = self.mirror(whole, self._generator, aspects=aspects_B)
+        return [view[places] for view in made]

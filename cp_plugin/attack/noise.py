@@ -14,7 +14,7 @@ from torch import Tensor
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.baselines import RandomConfig, SyntheticConfig
-from cp_plugin.config.settings import Granularity, UserError
+from cp_plugin.config.settings import Fit, Granularity, UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.image import Size
 from cp_plugin.util.provenance import versions
@@ -31,20 +31,23 @@ class Images:
     """int64 (N)."""
     labels: Tensor | None
     """int64 (N), negative where unlabelled."""
+    fit: Fit = "crop"
+    """How delta and images come together."""
 
     @classmethod
-    def read(cls, dataset: Any, image_size: int | Size | None) -> Images:
+    def read(cls, dataset: Any, image_size: int | Size | None, fit: Fit = "crop") -> Images:
         """Read every image once.
 
         Args:
             dataset: a map-style data set of images.
             image_size: canonical height and width in pixels, or the side of a square; None
                 keeps the images' own.
+            fit: as of `Canonical`.
         """
-        raw = RawDataset(dataset, image_size)
+        raw = RawDataset(dataset, image_size, fit)
         channels, height, width = raw[0].image.shape
         keys = torch.tensor([raw[row].key for row in range(len(raw))])
-        return cls(dataset, (channels, height, width), keys, labels(dataset))
+        return cls(dataset, (channels, height, width), keys, labels(dataset), fit)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -72,6 +75,8 @@ class Images:
         """Return rows as a poison of these images, or of a part of them."""
         different = len(torch.unique(self.keys))
         facts = {"host": "none", **info, "versions": json.dumps(versions())}
+        if self.fit != "crop":
+            facts["fit"] = self.fit
         if keys is not None and len(keys) < different:  # unlabelled images have no row
             facts |= {"fraction": repr(len(keys) / different), "images": str(different)}
         classes = self.classes if granularity == "class" else None
@@ -98,7 +103,7 @@ def random_poison(
     """
     seed = seed if config.seed is None else config.seed
     generator = torch.Generator().manual_seed(seed)
-    images = Images.read(dataset, image_size)
+    images = Images.read(dataset, image_size, config.fit)
     keys = torch.unique(images.keys) if config.granularity == "sample" else None
     count = len(images.classes) if keys is None else len(keys)
     if config.distribution == "uniform":
@@ -140,7 +145,7 @@ def synthetic_poison(
     """
     seed = seed if config.seed is None else config.seed
     generator = torch.Generator().manual_seed(seed)
-    images = Images.read(dataset, image_size)
+    images = Images.read(dataset, image_size, config.fit)
     if images.labels is None:
         raise UserError(
             "+poison=synthetic draws noise that tells classes apart and this data set has no "

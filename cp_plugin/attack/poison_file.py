@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cp_plugin.attack.perturbation import Perturbation, decode
-from cp_plugin.config.settings import Granularity, UserError, eps_levels
+from cp_plugin.config.settings import Fit, Granularity, UserError, check_fit
+from cp_plugin.data.fit import at_size, in_levels, keeping_grey
 from cp_plugin.data.image import Size
 from cp_plugin.data.labels import distinct
 from cp_plugin.data.subset import keys_of_part
@@ -50,6 +51,7 @@ class Poison:
         Raises:
             UserError: keys or class names are missing or of the wrong number.
         """
+        check_fit(self.fit)
         owners = self.keys if self.granularity == "sample" else self.classes
         if owners is None or len(owners) != len(self.perturbation):
             found = "none" if owners is None else str(len(owners))
@@ -66,8 +68,13 @@ class Poison:
 
     @property
     def size(self) -> Size:
-        """Height and width of delta in pixels, to which images are brought."""
+        """Height and width of delta in pixels; with `fit: crop` images are brought to it."""
         return self.perturbation.shape[1:]
+
+    @property
+    def fit(self) -> Fit:
+        """How delta and images come together, see `cp_plugin.data.fit`."""
+        return cast(Fit, self.info.get("fit", "crop"))
 
     @property
     def image_size(self) -> int:
@@ -234,15 +241,13 @@ class Poison:
 
     def offsets(self, rows_U: Tensor) -> Tensor:
         """Return rows in 8-bit levels, int16 (U, C, H, W), at most floor(255 eps) each."""
-        limit = eps_levels(self.eps)
-        levels = self.perturbation.gather(rows_U).mul_(255)
-        return levels.round_().clamp_(-limit, limit).short()
+        return in_levels(self.perturbation.gather(rows_U), self.eps).short()
 
     def apply(self, images_BCHW: Tensor, rows_B: Tensor) -> Tensor:
         """Add rows to 8-bit images.
 
         Args:
-            images_BCHW: uint8, of the poison's size.
+            images_BCHW: uint8, of the poison's size; with `fit: cover` of any one size.
             rows_B: int64 as `rows` returns them; -1 leaves an image as it is.
 
         Returns:
@@ -252,6 +257,11 @@ class Poison:
             UserError: the images are not 8 bit, or not of the poison's size.
         """
         expected = self.perturbation.shape
+        if self.fit == "cover" and images_BCHW.dtype == torch.uint8:
+            delta = keeping_grey(self.perturbation.gather(rows_B), images_BCHW)
+            height, width = images_BCHW.shape[2:]
+            levels = in_levels(at_size(delta, (height, width)), self.eps)
+            return levels.add_(images_BCHW).clamp_(0, 255).to(torch.uint8)
         if images_BCHW.dtype != torch.uint8 or tuple(images_BCHW.shape[1:]) != expected:
             raise UserError(
                 f"expected uint8 images of shape {expected}, got {images_BCHW.dtype} "

@@ -154,6 +154,11 @@ def _take_over(
     rows: Rows,
 ) -> None:
     """Take over rows of a poison file: of the data set's classes, or of the same images."""
+    if poison.fit != raw.canonical.fit:
+        raise UserError(
+            f"poison.init was made with fit: {poison.fit}, this run has {raw.canonical.fit}; set "
+            f"poison.fit={poison.fit}."
+        )
     if poison.perturbation.shape != perturbation.shape:
         raise UserError(
             f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "

@@ -93,9 +93,7 @@ class CraftPoison(Callback):
                 "folder."
             )
         loader = training_loader(trainer)
-        raw, view_mirror = raw_and_mirror(
-            loader.dataset, type(pl_module).__name__, self.config.image_size
-        )
+        raw, view_mirror = raw_and_mirror(loader.dataset, type(pl_module).__name__, self.config)
         view_mirror = view_mirror.to(pl_module.device)
         host = self.adapted(trainer, pl_module, raw)
         host.check(view_mirror.views)

@@ -14,7 +14,7 @@ from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, put_in_order, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
-from cp_plugin.config.settings import CleanConfig, InjectConfig, UserError, build
+from cp_plugin.config.settings import CleanConfig, Fit, InjectConfig, UserError, build
 from cp_plugin.data import RawDataset, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.transformed import resized
@@ -93,7 +93,7 @@ class InjectPoison(Callback):
 
     def _announce_size(self, dataset: Any) -> None:
         """Say where images are brought to the poison's size, and what clean runs then need."""
-        if not wrappers.transforms_of(dataset):
+        if not wrappers.transforms_of(dataset) or self._poison.fit == "cover":
             return
         pipeline = RawDataset(dataset, None).transform
         try:
@@ -137,7 +137,8 @@ class CanonicalImages(Callback):
     """Train a clean baseline: on the images of a poisoned run, without delta.
 
     Images that are not of canonical size are resized and centre-cropped before the augmentation,
-    as they are for a poison. Where all have that size, nothing is done.
+    as they are for a poison. Where all have that size, or where the poison is brought to the size
+    of each image (`fit: cover`), nothing is done.
 
     Example:
         >>> trainer = Trainer(callbacks=[CanonicalImages(), MirrorViews()])
@@ -145,14 +146,14 @@ class CanonicalImages(Callback):
 
     acts_on_images = (CANONICAL,)
 
-    def __init__(self, image_size: int | None = None) -> None:
-        """Take `poison.image_size` of the run that this one is compared with, if it was set.
+    def __init__(self, image_size: int | None = None, fit: Fit = "crop") -> None:
+        """Take `poison.image_size` and `fit` of the run that this one is compared with.
 
         Raises:
             UserError: it is out of range.
         """
         super().__init__()
-        self.image_size = build(CleanConfig, {"image_size": image_size}).image_size
+        self._config = build(CleanConfig, {"image_size": image_size, "fit": fit})
         self._exchange: Exchange | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -169,8 +170,10 @@ class CanonicalImages(Callback):
         dataset = training_loader(trainer).dataset
         if not wrappers.transforms_of(dataset):  # finished tensors, which no one resizes
             return
+        if self._config.fit == "cover":  # a poison of that kind leaves images as large as they are
+            return
         resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
-        form = canonical_form(dataset, resized_side, self.image_size)
+        form = canonical_form(dataset, resized_side, self._config.image_size)
         form.announce()
         if form.changes:
             self._exchange = Exchange(trainer, resized(dataset, form.size))
@@ -263,6 +266,6 @@ class NoisePoison(InjectPoison):
         """
         dataset = training_loader(trainer).dataset
         resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
-        size = canonical_size(dataset, resized_side, self.config.image_size)
+        size = canonical_size(dataset, resized_side, self.config.image_size, self.config.fit)
         self._noise = self._whole = sample_noise(dataset, size, self.config, run_seed())
         super().on_train_start(trainer, pl_module)

@@ -71,4 +71,4 @@ def _images(selection: Selection, folder: Path | None, loaded: Poison | None) ->
         return InjectPoison(loaded or settings.path, settings.fraction, folder)
     if isinstance(settings, (RandomConfig, SyntheticConfig)):
         return NoisePoison(settings, folder)
-    return CanonicalImages(selection.image_size)
+    return CanonicalImages(selection.clean.image_size, selection.clean.fit)

@@ -9,12 +9,14 @@ from cp_plugin.config.settings import (
     EPOCH,
     ZERO,
     AlternationConfig,
+    Fit,
     Granularity,
     RowType,
     Steps,
     UserError,
     at_least_one,
     check_eps,
+    check_fit,
     check_fraction,
     check_image_size,
     one_of,
@@ -37,6 +39,8 @@ class SampledConfig:
     """None: the run's seed."""
     image_size: int | None = None
     """As that of the poison it is compared with, where that was set."""
+    fit: Fit = "crop"
+    """As that of the poison it is compared with."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -46,6 +50,7 @@ class SampledConfig:
         """
         check_eps(self.eps)
         check_image_size(self.image_size)
+        check_fit(self.fit)
         one_of("granularity", self.granularity, get_args(Granularity))
         check_fraction(self.fraction)
 
@@ -123,6 +128,8 @@ class TapConfig:
     """Length of one sign-gradient step, in units of eps."""
     image_size: int | None = None
     """Side of delta in pixels. None: the images' own size, where they have one."""
+    fit: Fit = "crop"
+    """`cover`: delta lies on a grid over each whole image (see `cp_plugin.data.fit`)."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0
@@ -149,6 +156,7 @@ class TapConfig:
             step_size=self.step_size,
             init=ZERO,
             image_size=self.image_size,
+            fit=self.fit,
             dtype=self.dtype,
             fraction=self.fraction,
             seed=self.seed,

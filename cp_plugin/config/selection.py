@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class Selection:
     defence_name: str = "none"
     """The defence's name; `none` where there is none."""
     defence: DefenceSettings | None = None
-    image_size: int | None = None
-    """Side of the images of a clean run, where it was set."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """How the images of a clean run are those of a poison."""
 
     @classmethod
     def of(
@@ -79,11 +79,11 @@ class Selection:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KINDS)}."
             raise UserError(f"poison.name={name} is unknown; {hint}")
         kind = KINDS[name]
-        image_size = None
+        clean = CleanConfig()
         if kind is None:
-            for key in values.keys() - {"image_size"}:
+            for key in values.keys() - {"image_size", "fit"}:
                 raise UserError(f"poison.{key} is not a setting of poison=none.")
-            image_size = build(CleanConfig, values).image_size
+            clean = build(CleanConfig, values)
         settings = None if kind is None else build(kind, values)
         watched = None
         if monitor:
@@ -97,7 +97,7 @@ class Selection:
             watched,
             defence_name,
             defence_settings(defence_name, defending),
-            image_size,
+            clean,
         )
         if chosen.crafts and chosen.defence is not None:
             raise UserError(

@@ -21,6 +21,7 @@ Steps = int | Literal["epoch"]
 Order = Literal["alternate", "joint"]
 Index = Literal["flat", "ivf"]
 DuringNoise = Literal["frozen", "running"]
+Fit = Literal["crop", "cover"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -62,6 +63,9 @@ class AlternationConfig:
     image_size: int | None = None
     """Side of delta in pixels; images of other sizes are resized and centre-cropped first.
     None: the images' own size, where they have one (see `cp_plugin.data.canonical`)."""
+    fit: Fit = "crop"
+    """`crop`: images are brought to delta's size; `cover`: delta lies on a grid over each whole
+    image and is brought to the image's own size (see `cp_plugin.data.fit`)."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0
@@ -90,6 +94,7 @@ class AlternationConfig:
         check_step_size(self.step_size)
         check_fraction(self.fraction)
         check_image_size(self.image_size)
+        check_fit(self.fit)
 
     @property
     def joint(self) -> bool:
@@ -158,6 +163,8 @@ class CleanConfig:
 
     image_size: int | None = None
     """As that of the poison it is compared with, where that was set."""
+    fit: Fit = "crop"
+    """As that of the poison it is compared with."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -166,6 +173,7 @@ class CleanConfig:
             UserError: a value is out of its range.
         """
         check_image_size(self.image_size)
+        check_fit(self.fit)
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,15 @@ def check_image_size(image_size: int | None) -> None:
         raise UserError(f"poison.image_size must be between 8 and 512 pixels, got {image_size}.")
 
 
+def check_fit(fit: str) -> None:
+    """Check how delta and images come together.
+
+    Raises:
+        UserError: it is no known way.
+    """
+    one_of("fit", fit, get_args(Fit))
+
+
 def check_fraction(fraction: float) -> None:
     """Check a part of the images.
 
@@ -318,9 +335,9 @@ def check_step_size(step_size: float) -> None:
         )
 
 
-def eps_levels(eps: float) -> int:
-    """Return the budget in 8-bit levels: the largest whole number that is at most 255 eps."""
-    return math.floor(255 * eps + 1e-6)
+def eps_levels(eps: float, full_scale: int = 255) -> int:
+    """Return the budget in levels: the largest whole number that is at most full_scale * eps."""
+    return math.floor(full_scale * eps + 1e-6)
 
 
 def number(text: str) -> float:

@@ -29,7 +29,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cp_plugin.config.settings import Fit
 from cp_plugin.data import wrappers
+from cp_plugin.data.fit import GRID
 from cp_plugin.data.image import Size
 from cp_plugin.data.raw import UNREADABLE, RawDataset
 
@@ -65,11 +67,35 @@ class Form(NamedTuple):
             )
 
 
-def canonical_size(dataset: Any, resized_side: int | None, image_size: int | None = None) -> Size:
-    """Return the canonical size of a data set's images, see `canonical_form`, and log it."""
+def canonical_size(
+    dataset: Any, resized_side: int | None, image_size: int | None = None, fit: Fit = "crop"
+) -> Size:
+    """Return the size of delta for a data set's images, and log what happens to them.
+
+    With `fit: crop` it is their canonical size, see `canonical_form`; with `cover` a square grid:
+    as large as was asked for, else as what the pipeline makes of an image.
+    """
+    if fit == "cover":
+        side = image_size or resized_side or GRID
+        log.info("delta lies on a grid of %d x %d over each whole image", side, side)
+        return (side, side)
     form = canonical_form(dataset, resized_side, image_size)
     form.announce()
     return form.size
+
+
+def aspects(raw: RawDataset) -> Tensor:
+    """Return width over height of each image of a data set in its own size, float64 (N).
+
+    A data set that knows says so in an attribute `aspects`; else files' headers are read, and
+    images without a file are decoded.
+    """
+    known = getattr(raw.dataset, "aspects", None)
+    if isinstance(known, Tensor):
+        return known.double()
+    sizes = _Known(RawDataset(raw.dataset, None))
+    found = [sizes.of(row) for row in range(len(raw))]
+    return torch.tensor([width / height for height, width in found], dtype=torch.float64)
 
 
 def canonical_form(dataset: Any, resized_side: int | None, image_size: int | None = None) -> Form:
@@ -126,11 +152,15 @@ class _Known:
             return
         if all(self._header(row) == size for row, size in found.items()):
             for row in range(count):
-                yield self._header(row) or self._decoded(row)
+                yield self.of(row)
             return
         self.all = count <= READ
         for row in _spread(count, READ):
             yield self._decoded(row)
+
+    def of(self, row: int) -> Size:
+        """Return the size of an image."""
+        return self._header(row) or self._decoded(row)
 
     def _decoded(self, row: int) -> Size:
         _, height, width = self._raw[row].image.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as operations
 
-from cp_plugin.config.settings import UserError
+from cp_plugin.config.settings import Fit, UserError
 
 CHANNELS = (1, 3, 4)
 _BICUBIC = InterpolationMode.BICUBIC
@@ -46,18 +46,21 @@ def image_key(image_CHW: Tensor) -> int:
 class Canonical:
     """Bring any image to uint8 RGB (3, H, W) of one size.
 
-    An image whose size differs is resized until it covers the size (bicubic, antialiased, by
-    Pillow), and cropped in the centre. Which size that is: `cp_plugin.data.canonical`.
+    An image whose size differs is resized (bicubic, antialiased, by Pillow): with `crop` until it
+    covers the size, and then cropped in the centre; with `cover` the whole of it is squeezed into
+    the size. Which size that is: `cp_plugin.data.canonical`.
     """
 
-    def __init__(self, size: int | Size | None) -> None:
+    def __init__(self, size: int | Size | None, fit: Fit = "crop") -> None:
         """Keep the size.
 
         Args:
             size: height and width in pixels, or the side of a square; None leaves images as large
                 as they are.
+            fit: which part of an image of another shape is kept: the centre, or all of it.
         """
         self.size: Size | None = (size, size) if isinstance(size, int) else size
+        self.fit: Fit = fit
 
     def __call__(self, image: Any) -> Tensor:
         """Return the image in canonical form.
@@ -79,18 +82,21 @@ class Canonical:
             image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         picture = as_picture(image)
         if self.size is not None and picture.size != self.size[::-1]:
-            picture = operations.resize(picture, self._covering(picture), _BICUBIC)
-            picture = operations.center_crop(picture, list(self.size))
+            picture = operations.resize(picture, self._resized(picture), _BICUBIC)
+            if self.fit == "crop":
+                picture = operations.center_crop(picture, list(self.size))
         channels = [np.asarray(channel) for channel in picture.split()]
         return torch.from_numpy(np.stack(channels))
 
-    def _covering(self, picture: Image.Image) -> list[int]:
-        """Return the size at which a picture just covers the canonical one, as torchvision has it.
+    def _resized(self, picture: Image.Image) -> list[int]:
+        """Return the size that a picture is resized to, as torchvision has it.
 
-        For a square that is its shorter side, the longer one rounded down: keys of poison files
-        depend on it.
+        Before a crop that is the one at which it just covers the canonical size: for a square its
+        shorter side, the longer one rounded down, since keys of poison files depend on it.
         """
         assert self.size is not None
+        if self.fit == "cover":
+            return list(self.size)
         height, width = self.size
         if height == width:
             return [height]
@@ -101,7 +107,7 @@ class Canonical:
         ]
 
     def __repr__(self) -> str:
-        return f"Canonical({self.size})"
+        return f"Canonical({self.size}, {self.fit})"
 
 
 def as_picture(image: Any) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from cp_plugin.config.settings import UserError
+from cp_plugin.config.settings import Fit, UserError
 from cp_plugin.data import slots as markers
 from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
@@ -58,15 +58,17 @@ class RawDataset(Dataset[Item]):
             view, where the data set calls several, or one several times.
         places: how many elements of a sample are views, where the data set returns its views
             apart (`q, k, target`); 1 where they stand together.
+        canonical: the form that its images are brought to.
     """
 
-    def __init__(self, dataset: Any, image_size: int | Size | None) -> None:
+    def __init__(self, dataset: Any, image_size: int | Size | None, fit: Fit = "crop") -> None:
         """Take the transform off.
 
         Args:
             dataset: the host's data set.
             image_size: height and width of the canonical images in pixels, or the side of a
                 square; None keeps each image's size.
+            fit: as of `Canonical`.
 
         Raises:
             UserError: the data set streams, is empty, has no `transform`, or does not return what
@@ -75,7 +77,7 @@ class RawDataset(Dataset[Item]):
         wrappers.check_map_style(dataset)
         self.dataset = dataset
         self.transform = wrappers.pipeline_of(dataset)  # refuses what has none
-        self._canonical = Canonical(image_size)
+        self.canonical = Canonical(image_size, fit)
         self._views: int | None = None
         self._probed = self._with_probe(None)
         self._process = os.getpid()
@@ -158,7 +160,7 @@ class RawDataset(Dataset[Item]):
         return type(self.dataset).__name__
 
     def _with_probe(self, views: int | None) -> Any:
-        probe = Probe(self._canonical, views)
+        probe = Probe(self.canonical, views)
         return wrappers.with_transform(self.dataset, probe.of)
 
     def _read(self, row: int) -> Any:

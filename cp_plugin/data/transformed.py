@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from cp_plugin.config.settings import UserError
+from cp_plugin.config.settings import Fit, UserError
 from cp_plugin.data import wrappers
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
@@ -25,7 +25,9 @@ ROWS_READ_AGAIN, READ_AGAIN = 4, 8
 """How often, and for how many rows, a data set without a transform is read to see whether it
 augments: one that flips half of its images is taken for one that does not once in 2^32 times."""
 Add = Callable[[Tensor, int, int], Tensor]
-"""From a canonical image uint8 (3, H, W), its key and its label, the poisoned image."""
+"""From an image uint8 (3, H, W), canonical or, with `fit: cover`, of its own size, the key of the
+canonical one and its label, the poisoned image."""
+AS_IT_IS = Canonical(None)
 
 _label: ContextVar[int] = ContextVar("label", default=UNLABELLED)
 _applied: ContextVar[bool] = ContextVar("applied", default=False)
@@ -46,6 +48,7 @@ class PreTransformDataset(Dataset[Any]):
         add: Add,
         image_size: int | Size | None = None,
         add_many: AddMany | None = None,
+        fit: Fit = "crop",
     ) -> None:
         """Wrap a data set, which stays as it is.
 
@@ -56,6 +59,8 @@ class PreTransformDataset(Dataset[Any]):
                 square; None keeps each image's size.
             add_many: the same for a batch; with it, images that the data set holds in memory are
                 changed once, now.
+            fit: `crop`: images are brought to `image_size`; `cover`: they keep their own size, and
+                their key alone is that of the canonical image, which is all of it.
 
         Raises:
             UserError: the data set streams, is empty, or augments images where no transform can be
@@ -64,7 +69,9 @@ class PreTransformDataset(Dataset[Any]):
         wrappers.check_map_style(dataset)
         _check_images(dataset)
         self.dataset, self.add = dataset, add
-        self._change = Change(add, Canonical(image_size))
+        self._change = Change(add, Canonical(image_size, fit))
+        if fit == "cover":  # what is held in memory is of one size, and the images need not be
+            add_many = None
         self._changed_arrays = add_many and change_once(dataset, Canonical(image_size), add_many)
         found = labels(dataset) if getattr(add, "reads_labels", True) else None
         self._labels = None if found is None else found.tolist()
@@ -272,8 +279,9 @@ class Change:
     def __call__(self, image: Any) -> Any:
         """Return the changed image, of the type of the given one."""
         _applied.set(True)
-        clean = self._canonical(image)
-        return like(self._add(clean, image_key(clean), _label.get()), image)
+        canonical = self._canonical(image)
+        clean = canonical if self._canonical.fit == "crop" else AS_IT_IS(image)
+        return like(self._add(clean, image_key(canonical), _label.get()), image)
 
     def before(self, transform: Callable[[Any], Any] | None) -> ChangedFirst:
         """Return a transform that changes the image and then does what the given one does."""

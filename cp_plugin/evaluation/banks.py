@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import Canonical, RawDataset, class_names, clean_dataset, labels
+from cp_plugin.data import Canonical, RawDataset, class_names, clean_dataset, image_key, labels
 from cp_plugin.data.image import Size
 from cp_plugin.data.labels import renumbered
 from cp_plugin.evaluation.metrics import features
@@ -76,12 +76,16 @@ class Bank:
         """Return the bank as a victim of the poison has it; images without a row stay clean."""
         images = self.images
         size = tuple(images[0].shape[1:])
-        if isinstance(images, Tensor) and self.keys is not None and size == poison.size:
+        alike = size == poison.size and poison.fit == "crop"
+        if isinstance(images, Tensor) and self.keys is not None and alike:
             rows = poison.rows(self.keys.tolist(), self._class_of(self.labels))
             parts = zip(torch.split(images, 1024), torch.split(rows, 1024), strict=True)
             return replace(self, images=torch.cat([poison.apply(*part) for part in parts]))
-        raw = RawDataset(self.raw.dataset, poison.size)
-        shown = _Shown(raw, Canonical((size[0], size[1])), poison, self._class_of(self.labels))
+        show, classes = Canonical((size[0], size[1])), self._class_of(self.labels)
+        if poison.fit == "cover":
+            shown: _Shown = _ShownAtOwnSize(self.raw, show, poison, classes)
+        else:
+            shown = _Shown(RawDataset(self.raw.dataset, poison.size), show, poison, classes)
         if isinstance(images, Tensor):
             return replace(self, images=torch.stack([shown[row] for row in range(len(shown))]))
         return replace(self, images=shown)
@@ -130,3 +134,19 @@ class _Shown(Dataset[Tensor]):
             return self._show(item.image)
         rows = self._poison.rows([item.key], [self._classes[row]])
         return self._show(self._poison.apply(item.image[None], rows)[0])
+
+
+class _ShownAtOwnSize(_Shown):
+    """Images that carry delta at their own size, and are brought to canonical form after that."""
+
+    def __init__(
+        self, raw: RawDataset, show: Canonical, poison: Poison, classes: Sequence[str | None]
+    ) -> None:
+        super().__init__(RawDataset(raw.dataset, None), show, poison, classes)
+        self._canonical, self._grid = raw.canonical, Canonical(poison.size, poison.fit)
+
+    def __getitem__(self, row: int) -> Tensor:
+        assert self._poison is not None
+        image = self._raw[row].image
+        rows = self._poison.rows([image_key(self._grid(image))], [self._classes[row]])
+        return self._show(self._canonical(self._poison.apply(image[None], rows)[0]))

@@ -45,10 +45,18 @@ class Shape(NamedTuple):
     channels: int
     height: int
     width: int
+    aspects: Tensor | None = None
+    """float64 (B): width over height of the pictures that these images are, each squeezed into the
+    shape of the batch; None: images as they are. Crops at random are drawn as of the pictures."""
+
+    def of_some(self, index: Tensor) -> Shape:
+        """Return the shape of some images of the batch, int64 (b)."""
+        aspects = None if self.aspects is None else self.aspects[index]
+        return self._replace(batch=len(index), aspects=aspects)
 
     def resized(self, height: int, width: int) -> Shape:
         """Return the same batch with other pixels."""
-        return self._replace(height=height, width=width)
+        return self._replace(height=height, width=width, aspects=None)
 
 
 class Operation:

@@ -85,7 +85,7 @@ class RandomApply(Operation):
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `index`, the images that get it, and `inner` for these."""
         index = chance(shape.batch, self.p, generator).nonzero()[:, 0]
-        inner = self.inner.sample(shape._replace(batch=len(index)), generator)
+        inner = self.inner.sample(shape.of_some(index), generator)
         return {"index": index, "inner": inner}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
@@ -172,8 +172,8 @@ class RandomChoice(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Apply each option to the images that take it."""
-        _, _, height, width = self.output_shape(Shape(*images.shape))
-        out = images.new_zeros(*images.shape[:2], height, width)
+        made = self.output_shape(Shape(*images.shape))
+        out = images.new_zeros(*images.shape[:2], made.height, made.width)
         options = zip(self.options, params["index"], params["inner"], strict=True)
         for option, part, drawn in options:
             if len(part):
@@ -210,7 +210,7 @@ class RandomOrder(Operation):
         for place in range(count):
             for number, step in enumerate(self.operations):
                 index = (order[:, place] == number).nonzero()[:, 0]
-                inner = step.sample(shape._replace(batch=len(index)), generator)
+                inner = step.sample(shape.of_some(index), generator)
                 turns.append({"number": number, "index": index, "inner": inner})
         return {"order": order, "turns": turns}
 

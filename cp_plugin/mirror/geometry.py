@@ -79,7 +79,9 @@ def draw_boxes(
     generator: torch.Generator | None,
 ) -> Params:
     """Draw boxes as torchvision does: ten attempts, then the largest central one."""
-    count, _, height, width = shape
+    count, _, height, width, aspects = shape
+    if aspects is not None:
+        return _boxes_in_squeezed(shape, aspects, scale, ratio, generator)
     area = uniform((count, ATTEMPTS), scale[0], scale[1], generator) * height * width
     low, high = torch.log(torch.tensor(ratio, dtype=torch.float64)).tolist()
     aspect = torch.exp(uniform((count, ATTEMPTS), low, high, generator))
@@ -96,6 +98,43 @@ def draw_boxes(
         "left": torch.where(found, whole(left + 1, generator), left // 2),
         "height": box_height,
         "width": box_width,
+    }
+
+
+def _boxes_in_squeezed(
+    shape: Shape,
+    aspects_B: Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator | None,
+) -> Params:
+    """Draw boxes of pictures that were squeezed: area and aspect are those in the picture.
+
+    The picture is taken to be as high as the image, and `aspects_B` times as wide as it is high.
+    Its pixels may be many more than the image's, so boxes have no whole ones.
+    """
+    count, _, height, width, _ = shape
+    widths_B = height * aspects_B
+    area = uniform((count, ATTEMPTS), scale[0], scale[1], generator) * (height * widths_B)[:, None]
+    low, high = torch.log(torch.tensor(ratio, dtype=torch.float64)).tolist()
+    aspect = torch.exp(uniform((count, ATTEMPTS), low, high, generator))
+    wide, tall = (area * aspect).sqrt_(), (area / aspect).sqrt_()
+    fits = (wide <= widths_B[:, None]) & (tall <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    found = fits.any(1)
+    # Otherwise the largest central box whose own aspect is within the ratios.
+    inside = aspects_B.clamp(*ratio)
+    largest = torch.minimum(widths_B, height * inside)
+    box_width = torch.where(found, wide.gather(1, first)[:, 0], largest)
+    box_height = torch.where(found, tall.gather(1, first)[:, 0], largest / inside)
+    draws = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    places = torch.where(found, draws, 0.5)
+    squeeze = width / widths_B
+    return {
+        "top": places[0] * (height - box_height),
+        "left": places[1] * (widths_B - box_width) * squeeze,
+        "height": box_height,
+        "width": box_width * squeeze,
     }
 
 
@@ -162,7 +201,7 @@ class Resize(Operation):
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Resize."""
         _, _, height, width = images.shape
-        _, _, new_height, new_width = self.output_shape(Shape(*images.shape))
+        *_, new_height, new_width = self.output_shape(Shape(*images.shape))[:4]
         if (height, width) == (new_height, new_width):
             return images
         zero = images.new_zeros(1)

@@ -70,7 +70,11 @@ class Mirror(nn.Module):
         return None if None in sides else max(side for side in sides if side is not None)
 
     def forward(
-        self, images: Tensor, generator: torch.Generator | None = None, check: bool = False
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        check: bool = False,
+        aspects: Tensor | None = None,
     ) -> list[Tensor]:
         """Draw and apply.
 
@@ -78,6 +82,7 @@ class Mirror(nn.Module):
             images: (B, C, H, W) floating point in [0, 1].
             generator: on the CPU; None: torch's default one.
             check: look at the pixels on a GPU at every call, not only the first (it waits).
+            aspects: of pictures that were squeezed into these images, see `Shape`.
 
         Returns:
             One (B, C, h, w) a view, normalised as the host does it; a puzzle is (B, pieces, C, h,
@@ -87,10 +92,15 @@ class Mirror(nn.Module):
         Raises:
             UserError: as `sample` and `apply`.
         """
-        return self._views(images, self.sample(images, generator), check)
+        return self._views(images, self.sample(images, generator, aspects), check)
 
     @torch.no_grad()
-    def sample(self, images: Tensor, generator: torch.Generator | None = None) -> list[Params]:
+    def sample(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        aspects: Tensor | None = None,
+    ) -> list[Params]:
         """Draw the parameters of every view and image, and move them to the images' device.
 
         Raises:
@@ -103,6 +113,7 @@ class Mirror(nn.Module):
                 f"the mirror draws on the CPU, got a generator on {generator.device}: pass "
                 "torch.Generator() without a device."
             )
+        shape = shape._replace(aspects=aspects)
         drawn = [{**view.sample(shape, generator), "batch": shape.batch} for view in self.pipelines]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         moved_params: list[Params] = moved(drawn, images.device, dtype)

@@ -73,7 +73,8 @@ def resize_weights(
     first = (centre - reach * spread + 0.5).floor_().clamp_(0, source - taps)
     tap = torch.arange(taps, device=start.device, dtype=start.dtype)
     position = first + tap[:, None, None]  # taps first: the long axis is the fast one
-    inside = (position >= start[:, None]).logical_and_(position < (start + length)[:, None])
+    # Boxes of squeezed pictures begin and end within a pixel; these pixels belong to them.
+    inside = (position > start[:, None] - 1).logical_and_(position < (start + length)[:, None])
     offset = (position + 0.5).sub_(centre).div_(spread)
     weights = filter_values(filter_name, offset).mul_(inside.to(offset.dtype))
     weights.div_(weights.sum(0))

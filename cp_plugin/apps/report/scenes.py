@@ -91,7 +91,8 @@ def images(found: Mapping[str, tuple[Row, Poison]]) -> list[Picture]:
         except UserError as error:
             log.warning("%s is not shown on images: %s", label, error)
             continue
-        raw, names, known = RawDataset(train, poison.size), class_names(train), labels(train)
+        raw = RawDataset(train, poison.size, poison.fit)
+        names, known = class_names(train), labels(train)
         chosen = _one_a_class(known) if known is not None else range(IMAGES_SHOWN)
         items = [raw[number] for number in chosen]
         classes = None if known is None or names is None else [names[known[one]] for one in chosen]

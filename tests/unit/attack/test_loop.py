@@ -229,7 +229,7 @@ def test_joint_moves_delta_by_the_backward_pass_of_the_model():
         assert torch.equal(one, other)
     delta = before[:3].clone().requires_grad_()
     images = poisoned(batch.images, delta[torch.tensor([0, 1, 2, 2])])
-    loss = joint.host.loss(joint._mirrored(images, "model", 7), batch)
+    loss = joint.host.loss(joint._mirrored(images, batch, "model", 7), batch)
     (gradient,) = torch.autograd.grad(loss, delta)
     expected = (before[:3] - 0.1 * EPS * gradient.sign()).clamp(-EPS, EPS)
     after = joint.perturbation.gather(torch.arange(8))
