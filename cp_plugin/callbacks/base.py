@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as new_root
 
+from cp_plugin.callbacks.loader_hooks import note_start
 from cp_plugin.config.settings import UserError
 from cp_plugin.hosts import host_class
 
@@ -29,11 +30,21 @@ ORDER = (CANONICAL, POISON, DEFENCE, VIEWS)
 """What is done to a training image, first to last."""
 
 
+def prepare_fit(trainer: Any) -> None:
+    """Prepare a trainer for callbacks that act on training images; they call this in `setup`.
+
+    Raises:
+        UserError: two of them bring a poison, or two make the views.
+    """
+    put_in_order(trainer)
+    note_start(trainer)
+
+
 def put_in_order(trainer: Any) -> None:
     """Let callbacks that act on training images run in the order in which an image meets them.
 
-    They say what they do in `acts_on_images` and call this in their `setup`. They exchange places
-    among themselves; all others keep theirs.
+    They say what they do in `acts_on_images`. They exchange places among themselves; all others
+    keep theirs.
 
     Raises:
         UserError: two of them bring a poison, or two make the views.
@@ -56,4 +67,4 @@ def run_folder(trainer: Any) -> Path:
     return host_class(trainer.lightning_module).run_folder(trainer)
 
 
-__all__ = ["Callback", "put_in_order", "run_folder"]
+__all__ = ["Callback", "prepare_fit", "run_folder"]

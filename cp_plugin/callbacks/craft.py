@@ -14,7 +14,7 @@ from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
-from cp_plugin.callbacks.base import POISON, VIEWS, Callback, put_in_order, run_folder
+from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.callbacks.restart import Restarts
 from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, given
@@ -23,6 +23,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import batch_size_of, endless, moved
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import run_seed
 
@@ -66,7 +67,7 @@ class CraftPoison(Callback):
         """End training, and with it the learning-rate schedule, after a surrogate's last round."""
         if stage != "fit":
             return
-        put_in_order(trainer)
+        prepare_fit(trainer)
         self._trainer = trainer
         loop, rounds = trainer.fit_loop, self.config.rounds
         if self.config.model_steps == EPOCH:
@@ -85,6 +86,7 @@ class CraftPoison(Callback):
             initial = (self._resumed or {}).get("initial")
             self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
         if self.path.exists() and self._resumed is None and not trainer.fast_dev_run:

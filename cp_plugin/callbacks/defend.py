@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.callbacks.base import DEFENCE, Callback, put_in_order
+from cp_plugin.callbacks.base import DEFENCE, Callback, prepare_fit
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import Exchange, renew, training_loader
@@ -34,6 +34,7 @@ from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
 from cp_plugin.mirror import Mirror
 from cp_plugin.mirror.pipeline import mirror_outline
+from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.seed import run_seed
 from cp_plugin.util.undo import Exchanges
 
@@ -83,7 +84,7 @@ class Defence(Callback):
         """
         if stage != "fit":
             return
-        put_in_order(trainer)
+        prepare_fit(trainer)
         if self.config is None:
             return
         self._check(trainer, pl_module)
@@ -91,6 +92,7 @@ class Defence(Callback):
             require_opacus()
             with_group_norm(pl_module)
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the defence in.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cp_plugin.attack.inject import added, part
 from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, put_in_order, run_folder
+from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
 from cp_plugin.config.settings import CleanConfig, Fit, InjectConfig, UserError, build
 from cp_plugin.data import RawDataset, wrappers
@@ -20,6 +20,7 @@ from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.transformed import resized
 from cp_plugin.mirror import mirror
 from cp_plugin.mirror.pipeline import mirror_outline
+from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import POISON_FILE
 from cp_plugin.util.seed import derived_seed, run_seed
 
@@ -61,12 +62,13 @@ class InjectPoison(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place before whatever else acts on images."""
         if stage == "fit":
-            put_in_order(trainer)
+            prepare_fit(trainer)
 
     def poison(self) -> Poison:
         """Return what is used of the poison: all of it until training has started."""
         return self._poison
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the poisoned data set in the loader.
 
@@ -159,8 +161,9 @@ class CanonicalImages(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place before whatever else acts on images."""
         if stage == "fit":
-            put_in_order(trainer)
+            prepare_fit(trainer)
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the canonical images in the loader.
 
@@ -202,8 +205,9 @@ class MirrorViews(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place after whatever else acts on images."""
         if stage == "fit":
-            put_in_order(trainer)
+            prepare_fit(trainer)
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the transform off the data set and put its mirror behind the loader.
 
@@ -258,6 +262,7 @@ class NoisePoison(InjectPoison):
         assert self._noise is not None
         return self._noise
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Draw the noise and put the poisoned data set in the loader.
 

@@ -16,14 +16,30 @@ from torch.utils.data import DataLoader
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.loading import Collate, check_batched, moved, renew_iterators
+from cp_plugin.data.loading import Collate, LoaderStart, check_batched, moved, renew_iterators
 from cp_plugin.hosts.lightning import BATCH_HOOKS, batch_hooks, converter, hook_owner
-from cp_plugin.util.internals import forget_iterators, remake_fetcher
+from cp_plugin.util.internals import forget_iterators, remake_fetcher, training_source
 from cp_plugin.util.undo import Exchanges
 
 Views = Callable[[Batch], list[Tensor]]
 EXCHANGED = "_cp_plugin_exchanged"
 """Where a loader keeps what gives it its own data set and collate function back."""
+START = "_cp_plugin_start"
+"""Where a trainer keeps how its training loader began."""
+
+
+def note_start(trainer: Any) -> None:
+    """Let a trainer note the random state in which its training loader begins; call in `setup`."""
+    source = training_source(trainer)
+    own = type(source).dataloader
+
+    def dataloader() -> Any:
+        del vars(source)["dataloader"]
+        loader = own(source)
+        vars(trainer)[START] = LoaderStart(loader)
+        return loader
+
+    vars(source)["dataloader"] = dataloader
 
 
 def training_loader(trainer: Any) -> DataLoader[Any]:
@@ -136,9 +152,16 @@ def stale(loader: DataLoader[Any]) -> str:
 
 
 def renew(trainer: Any, loader: DataLoader[Any]) -> None:
-    """Let a trainer fetch from a loader as it is now; iterators that it keeps are remade."""
-    renew_iterators(loader)
-    remake_fetcher(trainer)
+    """Let a trainer fetch from a loader as it is now, in the order in which it would have.
+
+    Iterators that it keeps are remade, from the random state in which they were made.
+    """
+
+    def remake() -> None:
+        renew_iterators(loader)
+        remake_fetcher(trainer)
+
+    vars(trainer)[START].replay(remake)
 
 
 def _drop_iterators(now: dict[str, Any], before: dict[str, Any]) -> None:

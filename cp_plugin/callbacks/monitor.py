@@ -21,6 +21,7 @@ from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
 from cp_plugin.mirror.pipeline import mirror_outline
+from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import KNN_FILE
 
 log = logging.getLogger("cp_plugin")
@@ -72,6 +73,7 @@ class KNNMonitor(Callback):
         """Go on from a checkpoint, so that a resumed run has the whole curve."""
         self.results = list(state_dict["results"])
 
+    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Read both data sets once.
 
@@ -114,6 +116,7 @@ class KNNMonitor(Callback):
         if not self.results or self.results[-1]["step"] != trainer.global_step:
             self._evaluate(trainer, None)
 
+    @random_state_kept()
     def _evaluate(self, trainer: Any, module_to_log: Any) -> None:
         start = time.perf_counter()
         query = self._features(self._query)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from cp_plugin.attack.crafting import Crafting
 from cp_plugin.attack.loop import Schedule
-from cp_plugin.callbacks.base import put_in_order
+from cp_plugin.callbacks.base import prepare_fit
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
@@ -92,7 +92,7 @@ class CraftTap(CraftErrorMin):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let training end where it would."""
         if stage == "fit":
-            put_in_order(trainer)
+            prepare_fit(trainer)
         self._trainer = trainer
 
     def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:

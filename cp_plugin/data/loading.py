@@ -13,6 +13,7 @@ from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.util.internals import LoaderIterator, forget_iterators
+from cp_plugin.util.random_state import RandomState, generator_state
 
 
 def moved(batch: Batch, device: Any) -> Batch:
@@ -63,6 +64,44 @@ def renew_iterators(loader: DataLoader[Any]) -> None:
     kept = [name for name, value in vars(loader).items() if isinstance(value, LoaderIterator)]
     for name in kept:
         vars(loader)[name] = DataLoader.__iter__(loader)
+
+
+class LoaderStart:
+    """The random state in which a loader makes its first iterator, to make that one again.
+
+    An iterator draws the seed of its workers when it is made, and what workers fetch in advance has
+    its sampler draw the order. Made again from here it draws the same, so that a run whose data set
+    was exchanged sees the images in the order in which it would have seen them.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        """Take the state; call before the iterator is made.
+
+        Args:
+            loader: the loader; of anything else the global generators alone are taken.
+        """
+        self._random = RandomState()
+        self._own = [put_back for held in _parts(loader) if (put_back := generator_state(held))]
+
+    def replay(self, make: Callable[[], None]) -> None:
+        """Call what makes the iterator, from the state of the first; the global state stays."""
+        now = RandomState()
+        self._random.restore()
+        for put_back in self._own:
+            put_back()
+        try:
+            make()
+        finally:
+            now.restore()
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """Yield what a loader and its samplers hold."""
+    names = ("sampler", "batch_sampler")
+    for name, value in getattr(loader, "__dict__", {}).items():
+        yield value
+        if name in names:
+            yield from _parts(value)
 
 
 def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:

@@ -9,17 +9,14 @@ view.
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
 from cp_plugin.util.internals import own_modules
+from cp_plugin.util.random_state import random_state_kept
 
 
 def dotted_name(cls: type) -> str:
@@ -147,7 +144,7 @@ def _calls_of(host: Any) -> object | list[object] | None:
     if recording is None:
         return None
     results = []
-    with _random_states_kept():
+    with random_state_kept():
         for _ in range(LOOKS):
             try:
                 results.append(recording(image))
@@ -190,14 +187,3 @@ def _pipelines_in(result: Any) -> list[object] | None:
     if not all(isinstance(call, _Call) and call.of_image for call in calls):
         return None
     return [call.pipeline for call in calls]
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -127,13 +127,14 @@ class PreTransformDataset(Dataset[Any]):
         reached = cast(Built, self._built).reached
         if self._changed_arrays is not None or reached[row]:
             return read(changed, row)
-        applied = _applied.set(False)
+        before = _applied.get()
+        _applied.set(False)
         try:
             sample = read(changed, row)
             if not _applied.get():
                 raise SampleError(transform_not_called(self.dataset, row))
-        finally:
-            _applied.reset(applied)
+        finally:  # one change around another reads through it, and must learn what was applied
+            _applied.set(before or _applied.get())
         reached[row] = 1
         return sample
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import MethodType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cp_plugin.util.internals import COMPILED_CALL, TRAINER_NAMES, trainer_of
+from cp_plugin.util.random_state import generator_state
 
 _KEPT_KEYS = frozenset(vars(nn.Module())) | frozenset(
     {"forward", COMPILED_CALL, "log", "log_dict", *TRAINER_NAMES}
@@ -132,29 +131,6 @@ class Attributes:
                 self._visit(value)
 
 
-class RandomState:
-    """Random state of Python, numpy, the CPU and the devices in use."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._devices: list[tuple[Any, tuple[torch.device, ...], Tensor]] = []
-        for device in devices:
-            backend: Any = getattr(torch, device.type, None)
-            if hasattr(backend, "get_rng_state"):
-                where = () if device.type == "mps" else (device,)
-                self._devices.append((backend, where, backend.get_rng_state(*where)))
-
-    def restore(self) -> None:
-        """Put every generator back."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for backend, where, state in self._devices:
-            backend.set_rng_state(state, *where)
-
-
 def restore_dict(
     values: dict[str, Any], before: dict[str, Any], kept: frozenset[str] = frozenset()
 ) -> None:
@@ -197,20 +173,4 @@ def _state_of(value: Any) -> Callable[[], None] | None:
     if isinstance(value, np.ndarray):
         array = value.copy()
         return lambda: np.copyto(value, array) if value.flags.writeable else None
-    if isinstance(value, torch.Generator):
-        tensor = value.get_state()
-        return lambda: _discard(value.set_state(tensor))
-    if isinstance(value, np.random.Generator):
-        bits, state = value.bit_generator, value.bit_generator.state
-        return lambda: setattr(bits, "state", state)
-    if isinstance(value, np.random.RandomState):
-        legacy = value.get_state()
-        return lambda: value.set_state(legacy)
-    if isinstance(value, random.Random):
-        python = value.getstate()
-        return lambda: value.setstate(python)
-    return None
-
-
-def _discard(_: object) -> None:
-    """Return nothing, whatever a call returned."""
+    return generator_state(value)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_plugin.hosts.attributes import Attributes, RandomState, restore_dict
+from cp_plugin.hosts.attributes import Attributes, restore_dict
 from cp_plugin.util.internals import copy_all, is_view, registered, trainer_of, version
+from cp_plugin.util.random_state import RandomState
 from cp_plugin.util.undo import Exchanges
 
 

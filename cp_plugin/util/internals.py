@@ -39,6 +39,7 @@ __all__ = [
     "registered",
     "remake_fetcher",
     "trainer_of",
+    "training_source",
     "tree_map",
     "version",
     "without_torch_functions",
@@ -115,6 +116,14 @@ def forget_iterators(loader: DataLoader[Any]) -> None:
 def remake_fetcher(trainer: Any) -> None:
     """Make Lightning's iterator anew: the first epoch's is made before any callback can look."""
     iter(trainer.fit_loop._data_fetcher)
+
+
+def training_source(trainer: Any) -> Any:
+    """Return what Lightning asks for its training loader, by `dataloader()`.
+
+    Nothing random happens between that and the loader's first iterator.
+    """
+    return trainer.fit_loop._data_source
 
 
 def trainer_of(module: Any) -> Any:

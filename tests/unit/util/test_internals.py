@@ -159,7 +159,7 @@ class Note(pl.Callback):
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 def test_lightnings_iterator_and_trainer(tmp_path: Any) -> None:
-    """FitLoop._data_fetcher, LightningModule._trainer"""
+    """FitLoop._data_fetcher, FitLoop._data_source, LightningModule._trainer"""
     note, module = Note(), Module()
     assert internals.trainer_of(module) is None
     assert internals.trainer_of(nn.Linear(1, 1)) is None
@@ -168,7 +168,9 @@ def test_lightnings_iterator_and_trainer(tmp_path: Any) -> None:
         **{"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
         default_root_dir=tmp_path,
     )
-    trainer.fit(module, DataLoader([torch.zeros(1)]))
+    loader = DataLoader([torch.zeros(1)])
+    trainer.fit(module, loader)
+    assert internals.training_source(trainer).dataloader() is loader
     assert note.trainer is trainer
     assert note.batch.tolist() == [[7.0]]
 
