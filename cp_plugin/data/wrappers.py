@@ -220,7 +220,9 @@ def file_of(dataset: Any, row: int) -> str | None:
             continue
         entry = entries[row][0] if isinstance(entries[row], (list, tuple)) else entries[row]
         if isinstance(entry, (str, Path)):
-            return str(Path(getattr(holder, "root", "")) / entry)
+            # Below the root, or, as in torchvision's folders, with a root that may be relative.
+            below = Path(getattr(holder, "root", "")) / entry
+            return str(below if below.is_file() or not Path(entry).is_file() else entry)
     return None
 
 

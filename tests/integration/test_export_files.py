@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image, ImageCms, ImageOps
 
 from cp_plugin import Poison
@@ -97,6 +98,23 @@ def test_pictures_are_written_as_they_are_shown(
     assert "1 files of" in said
     assert "moving.webp (animated)" in said
     assert "resized and cropped to 32 x 32: wide.png (32 x 96)" in said
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_folder_is_given_relative_to_the_working_directory(
+    pixels: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a", "b")):
+        (Path("in") / name).mkdir(parents=True)
+        Image.fromarray(pixels[number]).save(Path("in") / name / "x.png")
+    poison = poison_for(Path("in"), tmp_path / "poison.safetensors")
+    if labelled:  # as `cp-plugin export POISON OUT` finds them, beside a run's configuration
+        cfg = {"dataset": "custom", "train_path": "in", "no_labels": False}
+        OmegaConf.save({"data": cfg}, tmp_path / "config.yaml")
+    assert export(poison, Path("out"), None if labelled else Path("in")) == 2
+    for number, name in enumerate(("a", "b")):
+        assert 0 < off(Path("out") / name / "x.png", pixels[number]) <= LEVELS
 
 
 def test_linked_folders_and_loose_files(
