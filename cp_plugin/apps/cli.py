@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from cp_plugin.config.settings import UserError, number
+from cp_plugin.config.settings import UserError, check_eps, number, one_of
 
 app = typer.Typer(
     help="Contrastive poisoning for self-supervised learning.",
@@ -155,6 +155,65 @@ def export(
 
 
 @app.command()
+def protect(
+    paths: Annotated[list[Path], typer.Argument(help="Folders or files, then a new folder OUT.")],
+    size: Annotated[int, typer.Option(help="Side of the perturbation's grid.")] = 224,
+    eps: Annotated[str, typer.Option(help="Largest change of a pixel, in [0, 1].")] = "8/255",
+    minutes: Annotated[float, typer.Option(help="For everything; sets how long it crafts.")] = 20,
+    rounds: Annotated[
+        int | None, typer.Option(help="Epochs over the pictures, instead of --minutes.")
+    ] = None,
+    with_: Annotated[
+        Path | None, typer.Option("--with", help="A poison to use; nothing is crafted.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="What crafts it: simclr, mocov2plus or byol.")
+    ] = "simclr",
+    format: Annotated[
+        str, typer.Option(help="png: lossless; same: JPEG, WebP and TIFF files stay so.")
+    ] = "png",
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out what cannot be protected.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the craft.")] = 0,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the craft, as backbone.name=timm/convnext_atto."),
+    ] = None,
+) -> None:
+    """Protect pictures: IN… OUT, the same tree and sizes, each pixel changed by at most eps.
+
+    The poison goes to OUT-poison; keep it to yourself: who has it can take it off again.
+    """
+    from cp_plugin.apps.craft_plan import Settings
+    from cp_plugin.apps.protect import protect as run_protect
+
+    if len(paths) < 2:
+        raise UserError("give folders or files of pictures, and then a new folder for the result.")
+    one_of("format", format, ("png", "same"), "--")
+    settings = Settings(
+        eps=check_eps(_number(eps, "--eps")),
+        size=size,
+        minutes=minutes,
+        rounds=rounds,
+        method=method,
+        seed=seed,
+        overrides=tuple(override or ()),
+    )
+    *sources, out = paths
+    file_format: Any = format
+    count = run_protect(sources, out, settings, with_, file_format, skip_unreadable)
+    print(f"{count} protected pictures in {out}")
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return number(text)
+    except ValueError:
+        raise UserError(f"{name} must be a number such as 8/255, got {text!r}.") from None
+
+
+@app.command()
 def inspect(
     poison: Annotated[Path, typer.Argument(help="The poison file.")],
     picture: Annotated[
@@ -193,11 +252,7 @@ def import_(
     """Convert a poison of the authors' code (github.com/kaiwenzha/contrastive-poisoning)."""
     from cp_plugin.apps.export import import_poison
 
-    try:
-        budget = number(eps)
-    except ValueError:
-        raise UserError(f"--eps must be a number such as 8/255, got {eps!r}.") from None
-    poison = import_poison(file, out, dataset, data, budget)
+    poison = import_poison(file, out, dataset, data, _number(eps, "--eps"))
     print(f"{len(poison.perturbation)} rows, one a {poison.granularity}, in {out}")
 
 

@@ -22,8 +22,8 @@ from cp_plugin.util.paths import shipped
 FOLDER_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
-def pretrain(cfg: DictConfig) -> Any:
-    """Run one job of the application."""
+def pretrain(cfg: DictConfig, watching: Sequence[Any] = ()) -> Any:
+    """Run one job of the application, see `engine.run.run`."""
     # Heavy: only a job that runs needs torch, not `--help` or a faulty configuration.
     from cp_plugin.engine.run import run
 
@@ -32,7 +32,7 @@ def pretrain(cfg: DictConfig) -> Any:
         if name.partition(".")[0] == "cp_plugin":
             logging.getLogger(name).disabled = False
     with own_application():
-        return run(cfg)
+        return run(cfg, watching)
 
 
 def main(arguments: Sequence[str]) -> None:

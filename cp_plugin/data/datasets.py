@@ -13,13 +13,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.labels import UNLABELLED
 from cp_plugin.data.photos import Photos
+from cp_plugin.data.picture_cache import PictureCache
 from cp_plugin.data.picture_files import beside, listing, open_picture, tell_left_out
 
 FOLDERS = ("custom", "imagenet", "imagenet100")
+CACHED = "pictures"
+"""What `cp-plugin protect` has prepared."""
 SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96}
 """Side in pixels of the images of torchvision's data sets."""
 ARCHIVES = tuple(SIDES)
-NAMES = ("photos", *ARCHIVES, *FOLDERS)
+NAMES = ("photos", *ARCHIVES, *FOLDERS, CACHED)
 DEFAULT_ROOT = "./datasets"
 
 
@@ -123,10 +126,12 @@ def load(
     """
     if name == "photos":
         return Photos(train=True), Photos(train=False)
+    if name == CACHED and train_path is not None:
+        return PictureCache(train_path), None
     if name in ARCHIVES:
         root = Path(train_path or DEFAULT_ROOT)
         return _archive(name, True, root), _archive(name, False, root, val_path)
-    if name not in FOLDERS:
+    if name not in (*FOLDERS, CACHED):
         raise UserError(f"data.dataset must be one of {', '.join(NAMES)}; got {name!r}.")
     if train_path is None:
         raise UserError(f"data.dataset={name} needs data.train_path=FOLDER.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +91,29 @@ def _reason_against(path: Path, folder: Path) -> str | None:
     except (OSError, SyntaxError, ValueError):
         needed = ": pip install pillow-heif" if ending in (".heic", ".heif") else ""
         return f"Pillow cannot read it{needed}"
+
+
+def distinct_names(names: Sequence[Path], endings: Sequence[str]) -> list[Path]:
+    """Return names with other endings, no two the same: where endings alone differ, they stay.
+
+    A name that has its ending already keeps it, so that the others give way.
+    """
+    lasting = {
+        str(name).lower()
+        for name, ending in zip(names, endings, strict=True)
+        if name.suffix.lower() == ending.lower()
+    }
+    taken = set(lasting)
+    found = []
+    for name, ending in zip(names, endings, strict=True):
+        chosen = name.with_suffix(ending) if name.suffix.lower() != ending.lower() else name
+        if chosen is not name:
+            longer = name
+            while str(chosen).lower() in taken:
+                chosen = longer = longer.with_name(f"{longer.name}{ending}")
+            taken.add(str(chosen).lower())
+        found.append(chosen)
+    return found
 
 
 def beside(files: Iterable[Path], folder: Path) -> dict[Path, str]:

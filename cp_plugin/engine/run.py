@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +36,12 @@ from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, RESULT_FILE
 log = logging.getLogger("cp_plugin")
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
     """Craft a poison, train a victim or a clean baseline, as the configuration says.
 
     Args:
         cfg: solo-learn's schema, with the groups `poison`, `monitor` and `defence` where selected.
+        watching: callbacks of one's own, which see what those of the run have done.
 
     Returns:
         What is in `result.json`, with the run's folder as `folder`.
@@ -57,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return {**finished, "folder": str(folder)}
     seed_everything(settings.seed, workers=True, verbose=False)
     parts = prepare(settings)
-    callbacks = _callbacks(selection, settings, folder, parts)
+    callbacks = [*_callbacks(selection, settings, folder, parts), *watching]
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(settings, folder / CONFIG_FILE, resolve=True)
     started = time.perf_counter()

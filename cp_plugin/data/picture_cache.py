@@ -1,0 +1,133 @@
+"""Picture files in canonical form in one mapped array, so that each is decoded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.image import Canonical
+from cp_plugin.data.picture_pixels import CannotProtect, read
+
+IMAGES, ASPECTS, CLUSTERS = "images.npy", "aspects.npy", "clusters.npy"
+FILES = "files.json"
+
+
+class PictureCache(Dataset[tuple[Any, int]]):
+    """The pictures of a cache, as a data set of squeezed images.
+
+    Attributes:
+        aspects: width over height of each picture, float64 (N).
+        targets: the number of each picture's cluster, -1 before there are clusters.
+        classes: names of the clusters.
+        transform: applied to each PIL image; it can be set.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a cache that was filled.
+
+        Raises:
+            UserError: there is none.
+        """
+        self._folder = Path(folder)
+        if not (self._folder / ASPECTS).is_file():
+            raise UserError(
+                f"{folder} holds no pictures that cp-plugin protect has prepared; use "
+                "data.dataset=custom with a folder of images."
+            )
+        aspects = np.load(self._folder / ASPECTS)
+        self._places = np.flatnonzero(aspects > 0)
+        self.aspects = torch.from_numpy(aspects[self._places])
+        self.targets = [-1] * len(self._places)
+        self.classes: list[str] = []
+        if (self._folder / CLUSTERS).is_file():
+            self.targets = np.load(self._folder / CLUSTERS).tolist()
+            self.classes = cluster_names(max(self.targets) + 1)
+        self.transform: Callable[[Any], Any] | None = None
+        self._images: Any = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        """Return a picture as PIL image, or as its transform makes it, and its cluster."""
+        image: Any = Image.fromarray(self.pixels(row).permute(1, 2, 0).contiguous().numpy())
+        return (image if self.transform is None else self.transform(image)), self.targets[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the mapped file, which another process maps for itself."""
+        return {**vars(self), "_images": None}
+
+    def pixels(self, row: int) -> Tensor:
+        """Return a canonical image, uint8 (3, h, w)."""
+        if self._images is None:
+            self._images = np.load(self._folder / IMAGES, mmap_mode="r")
+        return torch.from_numpy(self._images[self._places[row]].copy())
+
+
+def cluster_names(count: int) -> list[str]:
+    """Return the names that clusters have in a poison file."""
+    return [f"cluster {number}" for number in range(count)]
+
+
+class Filling:
+    """Fills a cache; one that was interrupted goes on where it was."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], size: int) -> None:
+        """Open or begin a cache.
+
+        Args:
+            folder: of the cache.
+            files: the pictures.
+            size: side of the canonical images in pixels.
+
+        Raises:
+            UserError: the folder holds the cache of other pictures, or of these before a change.
+        """
+        self.files = list(files)
+        self._folder, self._canonical = folder, Canonical(size, "cover")
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = json.dumps([size, [_stamp(file) for file in self.files]])
+        mark = folder / FILES
+        if not mark.is_file():
+            shape = (len(self.files), 3, size, size)
+            np.lib.format.open_memmap(folder / IMAGES, "w+", np.uint8, shape).flush()
+            np.save(folder / ASPECTS, np.zeros(len(self.files)))
+            mark.write_text(stamp, encoding="utf8")
+        elif mark.read_text(encoding="utf8") != stamp:
+            raise UserError(
+                f"the pictures, or --size, are no longer what they were when {folder.parent} was "
+                "begun; give another OUT, or protect further pictures with --with."
+            )
+
+    def fill(self) -> Iterator[tuple[Path, str | None]]:
+        """Read every picture that is not there yet; yield it, and why it cannot be read."""
+        images = np.lib.format.open_memmap(self._folder / IMAGES, "r+")
+        aspects = np.lib.format.open_memmap(self._folder / ASPECTS, "r+")
+        for row, file in enumerate(self.files):
+            reason = None
+            if not aspects[row]:
+                try:
+                    picture, canonical = read(file, self._canonical)
+                except CannotProtect as error:
+                    reason = str(error)
+                else:
+                    images[row] = canonical.numpy()
+                    height, width = picture.size
+                    aspects[row] = width / height
+            yield file, reason
+        images.flush()
+        aspects.flush()
+
+
+def _stamp(file: Path) -> list[Any]:
+    facts = file.stat()
+    return [str(file), facts.st_size, facts.st_mtime_ns]
