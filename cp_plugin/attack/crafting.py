@@ -30,6 +30,7 @@ from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
 from cp_plugin.mirror import Mirror, mirror
+from cp_plugin.mirror.channels import with_channels
 from cp_plugin.util.provenance import versions
 
 log = logging.getLogger("cp_plugin")
@@ -60,6 +61,7 @@ def raw_and_mirror(
     view_mirror = mirror(own.transform)
     if view_mirror.views == 1 and own.places > 1:
         view_mirror = mirror([own.transform] * own.places)
+    view_mirror = with_channels(view_mirror, own)
     side = view_mirror.resized_side
     size = canonical_size(dataset, side, config.image_size, config.fit)
     return RawDataset(dataset, size, config.fit), view_mirror

@@ -33,6 +33,7 @@ from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
 from cp_plugin.mirror import Mirror
+from cp_plugin.mirror.channels import with_channels
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.seed import run_seed
@@ -268,4 +269,5 @@ class _Adversary:
 
 
 def _mirror_of(dataset: Any) -> Mirror:
-    return mirror_outline(RawDataset(dataset, None).transform)
+    raw = RawDataset(dataset, None)
+    return with_channels(mirror_outline(raw.transform), raw)

@@ -19,6 +19,7 @@ from cp_plugin.data import RawDataset, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.transformed import resized
 from cp_plugin.mirror import mirror
+from cp_plugin.mirror.channels import with_channels
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import POISON_FILE
@@ -215,7 +216,8 @@ class MirrorViews(Callback):
             UserError: the transform has no mirror.
         """
         dataset = training_loader(trainer).dataset
-        view_mirror = mirror(RawDataset(dataset, None).transform).to(pl_module.device)
+        whole = RawDataset(dataset, None)
+        view_mirror = with_channels(mirror(whole.transform), whole).to(pl_module.device)
         raw = RawDataset(dataset, canonical_size(dataset, view_mirror.resized_side))
         generator = torch.Generator()
         seed = run_seed()

@@ -20,6 +20,7 @@ from cp_plugin.data.canonical import canonical_form
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
+from cp_plugin.mirror.channels import with_channels
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import KNN_FILE
@@ -85,8 +86,8 @@ class KNNMonitor(Callback):
         bank = clean_dataset(training_loader(trainer).dataset if bank is None else bank)
         if query is None:
             query = _validation_set(trainer)
-        pipeline = RawDataset(bank, None).transform
-        view_mirror = mirror_outline(pipeline).to(pl_module.device)
+        raw = RawDataset(bank, None)
+        view_mirror = with_channels(mirror_outline(raw.transform), raw).to(pl_module.device)
         poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
         self._poison = poisons[0] if poisons else None
         sizes = (view_mirror.view_size, canonical_form(bank, view_mirror.resized_side).size)

@@ -67,7 +67,7 @@ class Canonical:
 
         Args:
             image: a PIL image, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W): uint8, or
-                floating point in [0, 1].
+                floating point in [0, 1]. C is 1 or 3.
 
         Returns:
             uint8 (3, H, W), of `size` unless that is None.
@@ -115,12 +115,14 @@ def as_picture(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return _rgb(image)
     if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+        if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
             return Image.fromarray(image).convert("RGB")
         if image.dtype == np.uint8 and image.shape[2:] == (1,):
             return Image.fromarray(image[:, :, 0]).convert("RGB")
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] > 3:
+            raise UserError(_too_many(image.shape[2]))
         raise UserError(
-            "An image given as an array must be uint8 (H, W) or (H, W, C) with C of 1, 3 or 4; "
+            "An image given as an array must be uint8 (H, W) or (H, W, C) with C of 1 or 3; "
             f"got {image.dtype} {image.shape}."
         )
     raise UserError(
@@ -157,21 +159,52 @@ def is_image(value: Any) -> bool:
 
 
 def like(pixels_CHW: Tensor, original: Any) -> Any:
-    """Return uint8 pixels (C, H, W) in the original's type: PIL, array, uint8 or float tensor."""
+    """Return uint8 pixels (3, H, W) in the original's type: PIL, array, uint8 or float tensor.
+
+    Where the original has one channel, so has what is returned: the luminance of the pixels.
+    """
+    if is_grey(original):
+        pixels_CHW = _grey(pixels_CHW)
     if isinstance(original, Tensor):
         if original.is_floating_point():
             return pixels_CHW.to(original.dtype) / 255
         return pixels_CHW
     channels = tuple(pixels_CHW.numpy())
     if isinstance(original, np.ndarray):
-        return np.dstack(channels)
+        return channels[0] if original.ndim == 2 else np.dstack(channels)
+    if len(channels) == 1:
+        return Image.fromarray(channels[0])
     return Image.merge("RGB", [Image.fromarray(channel) for channel in channels])
 
 
+def is_grey(image: Any) -> bool:
+    """Tell whether an image has one channel of 8 bit, or of floating point."""
+    if isinstance(image, Image.Image):
+        return bool(image.mode == "L")
+    if isinstance(image, Tensor):
+        return image.shape[0] == 1
+    return isinstance(image, np.ndarray) and (image.ndim == 2 or image.shape[2] == 1)
+
+
+def _grey(pixels_CHW: Tensor) -> Tensor:
+    """Return the luminance of uint8 pixels (3, H, W), (1, H, W), as Pillow has it."""
+    picture = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
+    return torch.from_numpy(np.array(picture.convert("L")))[None]
+
+
+def _too_many(channels: int) -> str:
+    return (
+        f"An image has {channels} channels, and a perturbation has three (red, green, blue), so "
+        "the others would be lost; give the transform RGB or grey images alone."
+    )
+
+
 def _from_tensor(image: Tensor) -> Tensor:
+    if image.ndim == 3 and image.shape[0] > 3 and image.shape[0] == min(image.shape):
+        raise UserError(_too_many(image.shape[0]))
     if not is_image(image):
         raise UserError(
-            "An image given as a tensor must be (C, H, W) with C of 1, 3 or 4, uint8 or floating "
+            "An image given as a tensor must be (C, H, W) with C of 1 or 3, uint8 or floating "
             f"point; got {image.dtype} {tuple(image.shape)}."
         )
     image = image.detach().cpu().as_subclass(Tensor)
@@ -185,4 +218,4 @@ def _from_tensor(image: Tensor) -> Tensor:
         image = (image * 255).round().to(torch.uint8)
     if image.shape[0] == 1:
         image = image.expand(3, -1, -1)
-    return image[:3].contiguous()
+    return image.contiguous()

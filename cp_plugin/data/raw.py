@@ -59,6 +59,7 @@ class RawDataset(Dataset[Item]):
         places: how many elements of a sample are views, where the data set returns its views
             apart (`q, k, target`); 1 where they stand together.
         canonical: the form that its images are brought to.
+        given: the first image as the transform gets it; None in another process.
     """
 
     def __init__(self, dataset: Any, image_size: int | Size | None, fit: Fit = "crop") -> None:
@@ -81,6 +82,7 @@ class RawDataset(Dataset[Item]):
         self._views: int | None = None
         self._probed = self._with_probe(None)
         self._process = os.getpid()
+        self.given: Any = None
         self.places = self._count_places()
 
     def __len__(self) -> int:
@@ -153,7 +155,7 @@ class RawDataset(Dataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the copy: another process makes its own."""
-        return {**vars(self), "_probed": None}
+        return {**vars(self), "_probed": None, "given": None}
 
     @property
     def _name(self) -> str:
@@ -184,6 +186,7 @@ class RawDataset(Dataset[Item]):
             if marks:
                 self._check_other_images(sample)
                 self.transform = self._transform_of(marks)
+                self.given = marks[0].given
                 return len(marks)
             reason = ""
         raise UserError(
@@ -264,7 +267,7 @@ class ProbeOf:
                 "called on the image alone; keep one pipeline of torchvision, Lightly or "
                 "solo-learn in `self.transform` and return `self.transform(image)`."
             )
-        return markers.ViewMarker(self._canonical(image), self._views, self._transform)
+        return markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
 
 
 def transform_not_called(dataset: Any, row: int) -> str:

@@ -23,19 +23,27 @@ PLACES = 64
 class ViewMarker:
     """What the probe returns in place of the views; unpacks into `views` parts, if known."""
 
-    def __init__(self, image_CHW: Tensor, views: int | None = None, source: Any = None) -> None:
+    def __init__(
+        self,
+        image_CHW: Tensor,
+        views: int | None = None,
+        source: Any = None,
+        given: Any = None,
+    ) -> None:
         self.image = image_CHW
         self.views = views
         self.source = source
         """The transform in whose place the probe was called."""
+        self.given = given
+        """The image that it was called on, as it was."""
 
     def __iter__(self) -> Iterator[MarkerPart]:
         if self.views is None:
             raise TypeError("the number of views is not known yet")
-        return (MarkerPart(self.image, number, self.source) for number in range(self.views))
+        return (self[number] for number in range(self.views))
 
     def __getitem__(self, number: int) -> MarkerPart:
-        return MarkerPart(self.image, number, self.source)
+        return MarkerPart(self.image, number, self.source, self.given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class MarkerPart:
     image: Tensor
     number: int
     source: Any = None
+    given: Any = None
 
 
 class Place:
@@ -125,6 +134,19 @@ def with_views(sample: Any, views: Sequence[Tensor], places: int, alone: bool = 
             "use PyTorch's default collate_fn."
         )
     return result
+
+
+def elements(value: Any) -> list[Any]:
+    """Return what nested containers hold that is no container, in order."""
+    found: list[Any] = []
+
+    def note(item: Any) -> Any:
+        if not isinstance(item, (Mapping, tuple, list)) and not dataclasses.is_dataclass(item):
+            found.append(item)
+        return item
+
+    rebuilt(value, note)
+    return found
 
 
 def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:

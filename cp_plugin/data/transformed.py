@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from cp_plugin.config.settings import Fit, UserError
 from cp_plugin.data import wrappers
+from cp_plugin.data.channels import check_channels
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
@@ -174,7 +175,7 @@ def _check_images(dataset: Any) -> None:
         for part in dataset.datasets:
             _check_images(part)
     elif wrappers.transforms_of(dataset):
-        RawDataset(dataset, None)
+        check_channels(RawDataset(dataset, None))
     else:
         _check_finished(dataset)
 

@@ -41,17 +41,33 @@ def mix_channels(images: Tensor, matrix: Tensor, offset: Tensor | None = None) -
 
 
 class RandomGrayscale(Operation):
-    """Three equal channels, with probability p (torchvision `RandomGrayscale`, `Grayscale`)."""
+    """Three equal channels, with probability p (torchvision `RandomGrayscale`, `Grayscale`).
+
+    Where the host makes one channel of them, `Mirror` leaves the others out in the end.
+    """
 
     needs_colour: ClassVar[bool] = True
     commutes_with_flips: bool = True
 
     def __init__(
-        self, p: float, format: ImageFormat = ImageFormat.PILLOW, name: str | None = None
+        self,
+        p: float,
+        format: ImageFormat = ImageFormat.PILLOW,
+        name: str | None = None,
+        channels: int | None = None,
     ) -> None:
+        """Take the settings.
+
+        Args:
+            p: probability.
+            format: whose weights of the colours.
+            name: of the host's transform.
+            channels: 1 or 3 where the host makes so many of any image; None: as many as it had.
+        """
         super().__init__(name)
         self.p = p
         self.format = format
+        self.channels = channels
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `applied` (B,)."""

@@ -160,13 +160,8 @@ def random_grayscale(host: Any, translator: Translator) -> Operation:
 
 @both("Grayscale")
 def grayscale(host: Any, translator: Translator) -> Operation:
-    """Translate a Grayscale that keeps three channels."""
-    if host.num_output_channels != 3:
-        raise UserError(
-            "Grayscale expected num_output_channels=3, since models of both hosts take three, "
-            f"got {host.num_output_channels}."
-        )
-    return RandomGrayscale(1.0, translator.format, "Grayscale")
+    """Translate a Grayscale, to one channel or to three."""
+    return RandomGrayscale(1.0, translator.format, "Grayscale", host.num_output_channels)
 
 
 @both("RandomSolarize")

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.data.fit import luminance
 from cp_plugin.data.pipelines import grid_sides, view_pipelines
 from cp_plugin.mirror.base import Operation, Params, Shape, moved
-from cp_plugin.mirror.colour import Normalize
+from cp_plugin.mirror.colour import Normalize, RandomGrayscale
 from cp_plugin.mirror.containers import Sequence
 from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize, crop_grid
 from cp_plugin.mirror.registry import Translator, Unmirrored
 
 TOLERANCE = 1e-4
 """How far outside [0, 1] a pixel may be, for rounding."""
+COLOURS = 3
+"""Channels of the images that are mirrored for a data set, grey ones too."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,12 +44,20 @@ class Mirror(nn.Module):
         super().__init__()
         self.pipelines = pipelines
         self.grids = tuple(grids)
+        self.grey_images = False
+        """Whether the host's images have one channel, and so have their views; here three equal
+        ones stand for it until the end."""
         self._seen_devices: set[torch.device] = set()
 
     @property
     def views(self) -> int:
         """Number of views."""
         return len(self.pipelines)
+
+    @property
+    def channels(self) -> list[int]:
+        """Number of channels of each view of an image with three."""
+        return [_channels(view, self.grey_images) for view in self.pipelines]
 
     @property
     def crop_size(self) -> int | None:
@@ -157,11 +168,14 @@ class Mirror(nn.Module):
         last = images.is_contiguous(memory_format=torch.channels_last)
         channels_last = last and not images.is_contiguous()
         with torch.autocast(images.device.type, enabled=False):
-            planar = precise.contiguous()
+            planar = self._shown(precise.contiguous())
             views = [
                 view.apply(planar, drawn)
                 for view, drawn in zip(self.pipelines, params, strict=True)
             ]
+        if images.shape[1] == COLOURS:
+            counts = zip(views, self.channels, strict=True)
+            views = [view.narrow(-3, 0, 1) if count == 1 else view for view, count in counts]
         layout = torch.channels_last if channels_last else torch.contiguous_format
         grids = [
             crop_grid(drawn["steps"][0], side).to(images.dtype)
@@ -173,12 +187,23 @@ class Mirror(nn.Module):
         ] + grids
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one."""
+        """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one.
+
+        Where views have one channel, so has what is returned: the luminance of the images.
+        """
+        if images.shape[1] == COLOURS and self.channels[-1:] == [1]:
+            images = luminance(images)
         for view in reversed(self.pipelines):
             for step in reversed(list(view.walk())):
                 if isinstance(step, Normalize):
                     return step.apply(images, {})
         return images
+
+    def _shown(self, images: Tensor) -> Tensor:
+        """Return images as the host's transform is given them: grey ones stay so with delta."""
+        if not self.grey_images or images.shape[1] != COLOURS:
+            return images
+        return luminance(images).expand_as(images)
 
     def extra_repr(self) -> str:
         """List the operations of each view."""
@@ -287,6 +312,12 @@ def _translated(pipeline: object, outline: bool = False) -> Mirror:
         if id(host) not in translated:
             translated[id(host)] = Translator(outline).view(host)
     return Mirror([translated[id(host)] for host in hosts], grid_sides(pipeline))
+
+
+def _channels(view: Operation, grey_images: bool) -> int:
+    """Return how many channels a view has: as the last `Grayscale` says, else as the image."""
+    said = [step.channels for step in view.walk() if isinstance(step, RandomGrayscale)]
+    return next((count for count in reversed(said) if count), 1 if grey_images else COLOURS)
 
 
 def _final_size(view: Operation) -> tuple[int, int] | None:

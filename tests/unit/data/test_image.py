@@ -88,7 +88,8 @@ def test_canonical_resizes_as_torchvision_does_on_pillow(width_height: tuple[int
     [
         (torch.rand(3, 8, 8) * 255, r"must lie in \[0, 1\]"),
         (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\]"),
-        (torch.zeros(5, 8, 8), r"\(C, H, W\)"),
+        (torch.zeros(5, 8, 8), "has 5 channels, and a perturbation has three"),
+        (torch.zeros(2, 8, 8), r"\(C, H, W\)"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8 or floating"),
         (np.zeros((8, 8, 3)), "must be uint8"),
         ("picture.png", "Expected an image"),

@@ -202,7 +202,6 @@ def test_subclasses() -> None:
     [
         (v1.Lambda(lambda image: image), "Lambda hides a function"),
         (v2.Lambda(lambda image: image), "Lambda hides a function"),
-        (v1.Grayscale(1), "num_output_channels=3"),
         (v1.RandomRotation(10, expand=True), "expand=False"),
         (v1.Compose([v1.ToTensor(), v1.RandomRotation(10)]), "before the conversion"),
         (v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]), "scale=True"),
