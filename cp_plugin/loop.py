@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.config.settings import CraftConfig, UserError, build
+from cp_plugin.config.settings import CacheMode, CraftConfig, UserError, build, cache_mode
 from cp_plugin.data import PreTransformDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import (
@@ -32,6 +32,7 @@ from cp_plugin.data.loading import (
     raw_loader,
     unwrapped,
 )
+from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.observe import named_networks
@@ -93,7 +94,12 @@ class PoisonLoop:
     """
 
     def __init__(
-        self, dataloader: DataLoader[Any], model: nn.Module, *others: nn.Module, **settings: Any
+        self,
+        dataloader: DataLoader[Any],
+        model: nn.Module,
+        *others: nn.Module,
+        cache: CacheMode = "auto",
+        **settings: Any,
     ) -> None:
         """Open the data set and draw the perturbation.
 
@@ -102,6 +108,7 @@ class PoisonLoop:
             model: the networks; momentum networks too.
             others: other modules that the body changes: a loss with a memory bank, a second
                 network.
+            cache: whether images are read once, see `cp_plugin.data.read_once`.
             settings: those of `cp_plugin.config.settings.CraftConfig`, by name. A model step is one
                 run of the body.
 
@@ -124,6 +131,7 @@ class PoisonLoop:
             )
         method = type(model).__name__
         self._raw, view_mirror = raw_and_mirror(dataloader.dataset, method, config)
+        read_once(self._raw, cache_mode(cache), dataloader)
         module = _Together(model, others) if others else model
         check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))

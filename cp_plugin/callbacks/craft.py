@@ -17,10 +17,19 @@ from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.callbacks.restart import Restarts
-from cp_plugin.config.settings import EPOCH, AlternationConfig, CraftConfig, UserError, given
+from cp_plugin.config.settings import (
+    EPOCH,
+    AlternationConfig,
+    CacheMode,
+    CraftConfig,
+    UserError,
+    cache_mode,
+    given,
+)
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import batch_size_of, endless, moved
+from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.random_state import random_state_kept
@@ -48,11 +57,17 @@ class CraftPoison(Callback):
     crafting_class: type[Crafting] = Crafting
     acts_on_images = (POISON, VIEWS)
 
-    def __init__(self, config: AlternationConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        config: AlternationConfig | None = None,
+        cache: CacheMode = "auto",
+        **settings: Any,
+    ) -> None:
         """Take the settings.
 
         Args:
             config: a `config_class`; None: made of `settings`.
+            cache: whether images are read once, see `cp_plugin.data.read_once`.
             settings: those of `config_class`, by name.
 
         Raises:
@@ -60,6 +75,7 @@ class CraftPoison(Callback):
         """
         super().__init__()
         self.config = given(self.config_class, config, settings)
+        self._cache = cache_mode(cache)
         self._resumed: dict[str, Any] | None = None
         self._restarts: Restarts | None = None
 
@@ -96,6 +112,7 @@ class CraftPoison(Callback):
             )
         loader = training_loader(trainer)
         raw, view_mirror = raw_and_mirror(loader.dataset, type(pl_module).__name__, self.config)
+        read_once(raw, self._cache, loader)
         view_mirror = view_mirror.to(pl_module.device)
         host = self.adapted(trainer, pl_module, raw)
         host.check(view_mirror.views)

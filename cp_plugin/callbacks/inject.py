@@ -14,9 +14,18 @@ from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
-from cp_plugin.config.settings import CleanConfig, Fit, InjectConfig, UserError, build
+from cp_plugin.config.settings import (
+    CacheMode,
+    CleanConfig,
+    Fit,
+    InjectConfig,
+    UserError,
+    build,
+    cache_mode,
+)
 from cp_plugin.data import RawDataset, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
+from cp_plugin.data.read_once import read_once
 from cp_plugin.data.transformed import resized
 from cp_plugin.mirror import mirror
 from cp_plugin.mirror.channels import with_channels
@@ -203,6 +212,15 @@ class MirrorViews(Callback):
 
     acts_on_images = (VIEWS,)
 
+    def __init__(self, cache: CacheMode = "auto") -> None:
+        """Take whether images are read once, see `cp_plugin.data.read_once`.
+
+        Raises:
+            UserError: it is none of auto, true and false.
+        """
+        super().__init__()
+        self._cache = cache_mode(cache)
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place after whatever else acts on images."""
         if stage == "fit":
@@ -215,10 +233,12 @@ class MirrorViews(Callback):
         Raises:
             UserError: the transform has no mirror.
         """
-        dataset = training_loader(trainer).dataset
+        loader = training_loader(trainer)
+        dataset = loader.dataset
         whole = RawDataset(dataset, None)
         view_mirror = with_channels(mirror(whole.transform), whole).to(pl_module.device)
         raw = RawDataset(dataset, canonical_size(dataset, view_mirror.resized_side))
+        read_once(raw, self._cache, loader)
         generator = torch.Generator()
         seed = run_seed()
 

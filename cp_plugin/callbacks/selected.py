@@ -53,7 +53,7 @@ def selected_callbacks(
     if selection.defence is not None:
         made.append(Defence(selection.defence_name, selection.defence))
     if augment == "mirror" and not selection.crafts:
-        made.append(MirrorViews())
+        made.append(MirrorViews(selection.cache))
     if selection.monitor is not None:
         monitor = KNNMonitor(bank, query, config=selection.monitor)
         made += [monitor, Journal(monitor, folder)]
@@ -66,7 +66,7 @@ def _images(selection: Selection, folder: Path | None, loaded: Poison | None) ->
     if isinstance(settings, CRAFTED):
         if settings.dir is None and folder is not None:
             settings = replace(settings, dir=str(folder))
-        return CRAFTERS[type(settings)](settings)
+        return CRAFTERS[type(settings)](settings, selection.cache)
     if isinstance(settings, InjectConfig):
         return InjectPoison(loaded or settings.path, settings.fraction, folder)
     if isinstance(settings, (RandomConfig, SyntheticConfig)):

@@ -14,7 +14,7 @@ from cp_plugin.callbacks.base import prepare_fit
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import training_loader
 from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
-from cp_plugin.config.settings import AlternationConfig, UserError, given
+from cp_plugin.config.settings import AlternationConfig, CacheMode, UserError, given
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.hosts.lightning import LightningHost
@@ -75,18 +75,21 @@ class CraftTap(CraftErrorMin):
 
     config_class = AlternationConfig
 
-    def __init__(self, config: TapConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: TapConfig | None = None, cache: CacheMode = "auto", **settings: Any
+    ) -> None:
         """Take the settings.
 
         Args:
             config: the settings; None: made of `settings`.
+            cache: whether images are read once, see `cp_plugin.data.read_once`.
             settings: those of `cp_plugin.config.baselines.TapConfig`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
         """
         self._chosen = given(TapConfig, config, settings)
-        super().__init__(self._chosen.alternation())
+        super().__init__(self._chosen.alternation(), cache)
         self._misled = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticCo
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
 from cp_plugin.config.settings import (
+    CacheMode,
     CleanConfig,
     CraftConfig,
     InjectConfig,
     MonitorConfig,
     UserError,
     build,
+    cache_mode,
 )
 
 GROUPS = ("poison", "monitor", "defence")
@@ -54,6 +56,8 @@ class Selection:
     defence: DefenceSettings | None = None
     clean: CleanConfig = field(default_factory=CleanConfig)
     """How the images of a clean run are those of a poison."""
+    cache: CacheMode = "auto"
+    """`data.cache`: whether images are read once."""
 
     @classmethod
     def of(
@@ -113,7 +117,8 @@ class Selection:
         values: Any = [
             OmegaConf.to_container(node) if isinstance(node, DictConfig) else None for node in nodes
         ]
-        return cls.of(*values)
+        cache = cache_mode(OmegaConf.select(cfg, "data.cache", default="auto"))
+        return replace(cls.of(*values), cache=cache)
 
     def check_method(self, method: str) -> None:
         """Check that a victim's method can have the defence.

@@ -22,6 +22,7 @@ Order = Literal["alternate", "joint"]
 Index = Literal["flat", "ivf"]
 DuringNoise = Literal["frozen", "running"]
 Fit = Literal["crop", "cover"]
+CacheMode = Literal["auto", "true", "false"]
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -333,6 +334,19 @@ def check_step_size(step_size: float) -> None:
         raise UserError(
             f"poison.step_size is in units of eps, in (0, 2]; got {step_size}. The paper uses 0.1."
         )
+
+
+def cache_mode(value: Any) -> CacheMode:
+    """Return `data.cache` as it is written in YAML, on a command line or in Python.
+
+    Raises:
+        UserError: it is none of auto, true and false.
+    """
+    text = str(value).lower()
+    for mode in ("auto", "true", "false"):
+        if text == mode:
+            return mode  # type: ignore[return-value]
+    raise UserError(f"data.cache must be auto, true or false; got {value!r}.")
 
 
 def eps_levels(eps: float, full_scale: int = 255) -> int:

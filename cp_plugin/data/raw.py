@@ -15,6 +15,7 @@ from cp_plugin.config.settings import Fit, UserError
 from cp_plugin.data import slots as markers
 from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
+from cp_plugin.data.cache import Cache, CachedRows
 from cp_plugin.data.image import Canonical, Size, image_key, is_image
 from cp_plugin.data.pipelines import view_pipelines
 
@@ -60,6 +61,7 @@ class RawDataset(Dataset[Item]):
             apart (`q, k, target`); 1 where they stand together.
         canonical: the form that its images are brought to.
         given: the first image as the transform gets it; None in another process.
+        cache: all rows, once they are read (`read_once`); None: each is read when it is asked for.
     """
 
     def __init__(self, dataset: Any, image_size: int | Size | None, fit: Fit = "crop") -> None:
@@ -84,6 +86,7 @@ class RawDataset(Dataset[Item]):
         self._process = os.getpid()
         self.given: Any = None
         self.places = self._count_places()
+        self.cache: Cache | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -95,6 +98,9 @@ class RawDataset(Dataset[Item]):
             SampleError: the image cannot be read; its file is named where it is known.
         """
         row = range(len(self))[row]
+        if self.cache is not None:
+            key, image = int(self.cache.keys[row]), self.cache.images[row]
+            return Item(row, key, image, self.cache.sample(row))
         sample = self._read(row)
         marks = markers.find(sample)
         if not marks:
@@ -107,13 +113,19 @@ class RawDataset(Dataset[Item]):
         image = marks[0].image
         return Item(row, image_key(image), image, markers.with_placeholders(sample, marks))
 
+    def __getitems__(self, rows: Sequence[int]) -> Sequence[Item] | CachedRows:
+        """Return what `collate` makes a batch of; a loader calls this in place of each item."""
+        return CachedRows(rows) if self.cache is not None else [self[row] for row in rows]
+
     def collate(
-        self, items: Sequence[Item], host_collate: Callable[[Any], Any] = default_collate
+        self,
+        items: Sequence[Item] | CachedRows,
+        host_collate: Callable[[Any], Any] = default_collate,
     ) -> Batch:
         """Make a batch of items.
 
         Args:
-            items: B items.
+            items: B items, or what `__getitems__` returned.
             host_collate: the host's own `collate_fn`, called on the samples.
 
         Returns:
@@ -122,22 +134,22 @@ class RawDataset(Dataset[Item]):
         Raises:
             SampleError: images of different sizes.
         """
+        if isinstance(items, CachedRows):
+            assert self.cache is not None
+            rows, cache = torch.tensor(items.rows, dtype=torch.int64), self.cache
+            sample = self._collated([cache.sample(row) for row in items.rows], host_collate)
+            return Batch(rows, cache.keys[rows], cache.images[rows], sample)
         sizes = {tuple(item.image.shape[1:]) for item in items}
         if len(sizes) > 1:
             raise SampleError(
                 f"Images of different sizes in one batch: {sorted(sizes)[:3]}; set "
                 "poison.image_size, so that they are resized and cropped to one."
             )
-        samples = [item.sample for item in items]
-        try:
-            sample = host_collate(samples)
-        except (TypeError, AttributeError):
-            sample = host_collate([markers.as_lists(sample) for sample in samples])
         return Batch(
             rows=torch.tensor([item.row for item in items], dtype=torch.int64),
             keys=torch.tensor([item.key for item in items], dtype=torch.int64),
             images=torch.stack([item.image for item in items]),
-            sample=markers.with_places(sample),
+            sample=self._collated([item.sample for item in items], host_collate),
         )
 
     def with_views(self, sample: Any, views: Sequence[Tensor]) -> Any:
@@ -156,6 +168,14 @@ class RawDataset(Dataset[Item]):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the copy: another process makes its own."""
         return {**vars(self), "_probed": None, "given": None}
+
+    @staticmethod
+    def _collated(samples: list[Any], host_collate: Callable[[Any], Any]) -> Any:
+        try:
+            sample = host_collate(samples)
+        except (TypeError, AttributeError):
+            sample = host_collate([markers.as_lists(sample) for sample in samples])
+        return markers.with_places(sample)
 
     @property
     def _name(self) -> str:

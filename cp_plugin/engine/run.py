@@ -160,6 +160,7 @@ def _folder(
     assert isinstance(unnamed, dict)
     for key in ("auto_resume", "checkpoint", "wandb", "hydra"):
         unnamed.pop(key, None)
+    unnamed["data"].pop("cache")  # it changes no pixel
     name = f"{cfg.name}-{selection.tag(unnamed)}"  # type: ignore[arg-type]
     parent = Path(cfg.checkpoint.dir) / cfg.method
     earlier = [parent / name, *sorted(parent.glob(f"{name}-[0-9]*"), key=_number)]

@@ -62,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
         "no_labels": False,
         "fraction": -1,
         "num_workers": 4,
+        "cache": "auto",
     },
     "optimizer": {"kwargs": {}, "exclude_bias_n_norm_wd": False, "lr_is_scaled": False},
     "scheduler": {

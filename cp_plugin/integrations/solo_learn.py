@@ -195,7 +195,7 @@ def _of_run(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     chosen = {str(key): value for key, value in settings.items() if key not in NOT_IN_NAME}
-    chosen["data"] = {k: v for k, v in chosen["data"].items() if k != "num_workers"}
+    chosen["data"] = {k: v for k, v in chosen["data"].items() if k not in ("num_workers", "cache")}
     return chosen
 
 

@@ -26,6 +26,17 @@ class RandomState:
                 where = () if device.type == "mps" else (device,)
                 self._devices.append((backend, where, backend.get_rng_state(*where)))
 
+    def was_drawn_from(self) -> bool:
+        """Whether a generator of Python, of numpy or of the CPU has moved on."""
+        kind, keys, *rest = np.random.get_state()
+        kind_before, keys_before, *rest_before = self._numpy
+        return (
+            random.getstate() != self._python
+            or (kind, *rest) != (kind_before, *rest_before)
+            or not np.array_equal(keys, keys_before)
+            or not torch.equal(torch.get_rng_state(), self._cpu)
+        )
+
     def restore(self) -> None:
         """Put every generator back."""
         random.setstate(self._python)
