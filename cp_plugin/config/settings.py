@@ -345,7 +345,7 @@ def cache_mode(value: Any) -> CacheMode:
     text = str(value).lower()
     for mode in ("auto", "true", "false"):
         if text == mode:
-            return mode  # type: ignore[return-value]
+            return mode
     raise UserError(f"data.cache must be auto, true or false; got {value!r}.")
 
 

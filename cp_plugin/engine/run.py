@@ -202,7 +202,8 @@ def _loader(train: Any, cfg: DictConfig) -> DataLoader[Any]:
         shuffle=True,
         drop_last=True,
         num_workers=cfg.data.num_workers,
-        persistent_workers=cfg.data.num_workers > 0,
+        # Persistent workers draw fewer seeds, so that batches would depend on how many there are.
+        persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
     )
 
