@@ -27,6 +27,7 @@ from cp_plugin.data import load
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.engine.precision import fast_on_processor
 from cp_plugin.engine.settings import for_surrogate
 from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
@@ -52,7 +53,9 @@ def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
     for name in ("lightning.pytorch", "pytorch_lightning"):  # they set INFO when imported
         logging.getLogger(name).setLevel(logging.WARNING)
     selection, settings = check(cfg)
-    folder, checkpoint, finished = _folder(settings, selection)
+    folder, checkpoint, finished = _folder(
+        settings, selection, str(cfg.get("precision", settings.precision))
+    )
     if finished is not None:
         log.info("%s is finished; nothing to do", folder)
         return {**finished, "folder": str(folder)}
@@ -140,9 +143,7 @@ def _without_gpu(cfg: DictConfig) -> DictConfig:
     if asked in ("gpu", "cuda"):
         changes = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "sync_batchnorm": False}
     if str(cfg.get("precision")).startswith("16-") and asked in ("gpu", "cuda", "auto", "cpu"):
-        # On a processor without AVX512 bf16 convolutions were seen ten times slower than float32.
-        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        changes["precision"] = "bf16-mixed" if fast else "32"
+        changes["precision"] = fast_on_processor()
     if not changes:
         return cfg
     log.warning("no GPU here: %s", " ".join(f"{key}={value}" for key, value in changes.items()))
@@ -153,14 +154,18 @@ def _without_gpu(cfg: DictConfig) -> DictConfig:
 
 
 def _folder(
-    cfg: DictConfig, selection: Selection
+    cfg: DictConfig, selection: Selection, precision: str
 ) -> tuple[Path, str | None, dict[str, Any] | None]:
-    """Return the run's folder, the checkpoint to go on from, and the result if it is finished."""
+    """Return the run's folder, the checkpoint to go on from, and the result if it is finished.
+
+    The folder goes by the precision that was asked for, not by what this machine makes of it.
+    """
     unnamed = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(unnamed, dict)
     for key in ("auto_resume", "checkpoint", "wandb", "hydra"):
         unnamed.pop(key, None)
     unnamed["data"].pop("cache")  # it changes no pixel
+    unnamed["precision"] = precision
     name = f"{cfg.name}-{selection.tag(unnamed)}"  # type: ignore[arg-type]
     parent = Path(cfg.checkpoint.dir) / cfg.method
     earlier = [parent / name, *sorted(parent.glob(f"{name}-[0-9]*"), key=_number)]
@@ -264,6 +269,7 @@ def _result(
         "method": cfg.method,
         "dataset": cfg.data.dataset,
         "seed": cfg.seed,
+        "precision": str(cfg.precision),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),

@@ -539,11 +539,41 @@ def test_lars_makes_solo_learns_steps(
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("capability", "precision"), [("AVX512", "bf16-mixed"), ("AVX2", "32")])
-def test_half_precision_of_a_gpu_becomes_what_the_processor_is_fast_at(
-    capability: str, precision: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("times", "precision"), [(1.3, "bf16-mixed"), (1.1, "32"), (0.1, "32")])
+def test_half_precision_of_a_gpu_becomes_what_the_processor_is_measured_fast_at(
+    times: float, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured: list[float] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    _, settings = check(_config("simclr", "accelerator=gpu", "precision=16-mixed"))
-    assert (settings.accelerator, str(settings.precision)) == ("cpu", precision)
+    monkeypatch.setenv("CP_PLUGIN_PROCESSOR_PRECISION", "")
+    monkeypatch.setattr(
+        "cp_plugin.engine.precision._times_as_fast", lambda: measured.append(times) or times
+    )
+    for _ in range(3):
+        _, settings = check(_config("simclr", "accelerator=gpu", "precision=16-mixed"))
+        assert (settings.accelerator, str(settings.precision)) == ("cpu", precision)
+    assert measured == [times]  # once a run, and for the processes that it starts
+
+
+def test_what_is_measured_is_what_takes_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cp_plugin.engine import precision
+
+    spent = {"32": 2.0, "bf16-mixed": 1.0}
+    clock = [0.0]
+    monkeypatch.setattr(precision.time, "process_time", lambda: clock[0])
+
+    def work(net: nn.Module, images: Tensor, name: str) -> None:
+        clock[0] += spent[name]
+
+    monkeypatch.setattr(precision, "_pass", work)
+    assert precision._times_as_fast() == 2.0
+    spent["32"] = 0.1
+    assert precision._times_as_fast() == pytest.approx(0.1)
+
+
+def test_measuring_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CP_PLUGIN_PROCESSOR_PRECISION", "")
+    state = torch.get_rng_state()
+    _, settings = check(_config("simclr", "accelerator=cpu", "precision=16-mixed"))
+    assert str(settings.precision) in ("32", "bf16-mixed")
+    assert torch.equal(torch.get_rng_state(), state)
