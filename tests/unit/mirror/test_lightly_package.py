@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import lightly.transforms
@@ -292,12 +293,18 @@ def test_defences_of_views_leave_grids_alone() -> None:
         (v1.Compose([TO_TENSOR, PhaseShiftTransform()]), "expected a spectrum, got a float tensor"),
         (v1.Compose([TO_TENSOR, RFFT2DTransform(), v1.ColorJitter()]), "put IRFFT2DTransform"),
         (v1.Compose([TO_TENSOR, Jigsaw()]), "Jigsaw expected a Pillow image"),
-        (DetConSTransform(mask_fn=lambda image: image), "leave mask_fn out"),
     ],
 )
 def test_refused(pipeline: object, text: str) -> None:
     with pytest.raises(UserError, match=text):
         mirror(pipeline)
+
+
+def test_masks_of_the_users_own_are_refused() -> None:
+    if "mask_fn" not in signature(DetConSTransform).parameters:
+        pytest.skip("this version of Lightly makes no masks of one's own")
+    with pytest.raises(UserError, match="leave mask_fn out"):
+        mirror(DetConSTransform(mask_fn=lambda image: image))
 
 
 @pytest.mark.parametrize("host", [PIRLTransform(input_size=48), AddGridTransform(2, 2),
