@@ -166,6 +166,9 @@ def protect(
     with_: Annotated[
         Path | None, typer.Option("--with", help="A poison to use; nothing is crafted.")
     ] = None,
+    clusters: Annotated[
+        int, typer.Option(help="Groups of like pictures that share a perturbation; 0: none do.")
+    ] = 10,
     method: Annotated[
         str, typer.Option(help="What crafts it: simclr, mocov2plus or byol.")
     ] = "simclr",
@@ -196,6 +199,7 @@ def protect(
         size=size,
         minutes=minutes,
         rounds=rounds,
+        clusters=clusters or None,
         method=method,
         seed=seed,
         overrides=tuple(override or ()),

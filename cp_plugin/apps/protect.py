@@ -25,7 +25,7 @@ from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
-from cp_plugin.data.picture_cache import Filling
+from cp_plugin.data.picture_cache import Filling, cluster_name
 from cp_plugin.data.picture_files import distinct_names, listing, tell_left_out
 from cp_plugin.data.picture_pixels import (
     CannotProtect,
@@ -36,12 +36,16 @@ from cp_plugin.data.picture_pixels import (
     read,
     write,
 )
+from cp_plugin.engine.placement import Placement
 from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
 
 LEAST = 64
 """Pictures that are enough to train a small network on."""
+NO_ROW = (
+    "the poison has no perturbation for it: it was made with --clusters 0, for its own pictures"
+)
 NAMED = 20
 """Files that an error names."""
 MEASURED = 5
@@ -240,6 +244,7 @@ class _Writing:
     def __init__(self, out: Path, work: Path, poison: Poison, file_format: FileFormat) -> None:
         self._out, self._work, self._poison, self._format = out, work, poison, file_format
         self._canonical = Canonical(poison.size, poison.fit)
+        self._placement = Placement.of(poison)
         self.written = 0
         self.unprotected: dict[Path, str] = {}
         """Files that are not in OUT, and why."""
@@ -281,9 +286,13 @@ class _Writing:
         partial.replace(target)
 
     def _delta(self, canonical: Tensor) -> Tensor:
-        rows = self._poison.rows(keys=[image_key(canonical)])
+        if self._placement is None:
+            rows = self._poison.rows(keys=[image_key(canonical)])
+        else:
+            number = int(self._placement.clusters(canonical[None])[0])
+            rows = self._poison.rows(classes=[cluster_name(number)])
         if int(rows[0]) < 0:
-            raise CannotProtect("the poison has no perturbation for it")
+            raise CannotProtect(NO_ROW)
         return self._poison.perturbation.gather(rows)[0]
 
     def tell(self, skip: bool) -> None:

@@ -28,6 +28,7 @@ from cp_plugin.data.labels import distinct
 from cp_plugin.data.subset import keys_of_part
 
 FORMAT = "1"
+ATTACHED = "placement."
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Poison:
     """What it was made with: host, method, backbone, augmentations, schedule, seed, versions."""
     chosen: Tensor | None = None
     """int64 (M): for a class poison that is in a part of the images, the keys of these."""
+    attached: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further tensors of the file, by names that begin with `placement.`: what tells the cluster of
+    a new image (see `cp_plugin.engine.placement`)."""
 
     def __post_init__(self) -> None:
         """Check that every row has an owner.
@@ -97,6 +101,7 @@ class Poison:
             tensors["keys"] = self.keys
         if self.chosen is not None:
             tensors["chosen"] = self.chosen
+        tensors |= self.attached
         metadata = {
             **self.info,
             "format": FORMAT,
@@ -134,6 +139,7 @@ class Poison:
             classes=None if classes is None else distinct(json.loads(classes)),
             info={key: value for key, value in metadata.items() if key not in known},
             chosen=tensors.get("chosen"),
+            attached={name: kept for name, kept in tensors.items() if name.startswith(ATTACHED)},
         )
 
     @cached_property

@@ -50,7 +50,9 @@ class PictureCache(Dataset[tuple[Any, int]]):
         self.classes: list[str] = []
         if (self._folder / CLUSTERS).is_file():
             self.targets = np.load(self._folder / CLUSTERS).tolist()
-            self.classes = cluster_names(max(self.targets) + 1)
+            self.classes = [
+                cluster_name(n) for n in range(max(self.targets) + 1)
+            ]  # k-means leaves none empty
         self.transform: Callable[[Any], Any] | None = None
         self._images: Any = None
 
@@ -72,10 +74,30 @@ class PictureCache(Dataset[tuple[Any, int]]):
             self._images = np.load(self._folder / IMAGES, mmap_mode="r")
         return torch.from_numpy(self._images[self._places[row]].copy())
 
+    def put_into_clusters(self, clusters: Tensor) -> None:
+        """Keep the cluster of each picture, int64 (N), in the cache."""
+        partial = self._folder / f".{CLUSTERS}"
+        np.save(partial, clusters.numpy())
+        partial.replace(self._folder / CLUSTERS)
+        self.targets = clusters.tolist()
 
-def cluster_names(count: int) -> list[str]:
-    """Return the names that clusters have in a poison file."""
-    return [f"cluster {number}" for number in range(count)]
+
+class Pixels(Dataset[Tensor]):
+    """The canonical images of a cache alone, uint8 (3, h, w)."""
+
+    def __init__(self, cache: PictureCache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._cache.pixels(row)
+
+
+def cluster_name(number: int) -> str:
+    """Return the name that a cluster has in a poison file."""
+    return f"cluster {number}"
 
 
 class Filling:

@@ -32,8 +32,8 @@ ORIENTATION = 0x0112
 """EXIF's tag of how a picture is turned when it is shown."""
 TIFF_BITS = 258
 JPEG_QUALITY = 95
-PNG_EFFORT = 3
-"""zlib's level: noise shrinks little, and a large picture takes seconds at higher ones."""
+PNG_EFFORT = 1
+"""zlib's level: noise shrinks little, and a large picture takes seconds longer at higher ones."""
 KEPT_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP", "TIFF": "TIFF"}
 """Pillow's names of formats that `same` keeps, and what they are written as."""
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -69,7 +69,7 @@ class Picture:
     @property
     def inks(self) -> bool:
         """Whether colours are inks, of which more is darker."""
-        return self.colours.shape[2] == 4
+        return bool(self.colours.shape[2] == 4)
 
     @property
     def deep(self) -> bool:

@@ -51,7 +51,8 @@ def read_png(path: Path) -> NDArray[Any]:
     high, low = (_bytes(content, order) for order in "BL")
     if high.dtype == np.uint16:
         return high[:, :, None]
-    return (high.astype(np.uint16) << 8) | low
+    joined: NDArray[Any] = (high.astype(np.uint16) << 8) | low
+    return joined
 
 
 def _bytes(content: bytes, order: str) -> NDArray[Any]:

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from cp_plugin import Poison
 from cp_plugin.apps.craft_plan import Settings
 from cp_plugin.apps.protect import protect
 from cp_plugin.config.settings import UserError
+from cp_plugin.engine.placement import Placement
 from tests.support.mixed_pictures import BROKEN, write_broken, write_mixed
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -28,9 +31,17 @@ SMALL = (
     "backbone.kwargs.channels=[8,8,8,8]",
     "method_kwargs.proj_hidden_dim=16",
 )
-QUICK = Settings(size=64, rounds=2, overrides=SMALL)
+QUICK = Settings(size=64, rounds=2, clusters=None, overrides=SMALL)
 COMMAND = [sys.executable, "-m", "cp_plugin.apps.cli", "protect"]
-OPTIONS = ["--size", "64", "--rounds", "2", *(word for one in SMALL for word in ("--set", one))]
+OPTIONS = [
+    "--size",
+    "64",
+    "--rounds",
+    "4",
+    "--clusters",
+    "3",
+    *(word for one in SMALL for word in ("--set", one)),
+]
 
 
 def checked(originals: Path, out: Path, eps: str = "8/255") -> dict[str, object]:
@@ -92,7 +103,7 @@ def test_same_call_again_changes_nothing(folder: Path, made: Path) -> None:
 
 def test_other_settings_are_refused(folder: Path, made: Path) -> None:
     with pytest.raises(UserError, match=r"was begun with rounds=2; make the same call"):
-        protect([folder], made, Settings(size=64, rounds=3, overrides=SMALL))
+        protect([folder], made, replace(QUICK, rounds=3))
 
 
 def test_with_a_poison_of_these_pictures(folder: Path, made: Path, tmp_path: Path) -> None:
@@ -208,3 +219,40 @@ def test_minutes_are_planned_and_kept(folder: Path, tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "out-poison" / "plan.json").read_text())
     assert plan["rounds"] >= 1
     assert plan["seconds_a_step"] > 0
+
+
+@pytest.fixture(scope="module")
+def by_cluster(folder: Path) -> Path:
+    out = folder.with_name("clustered")
+    assert protect([folder], out, replace(QUICK, clusters=3)) == 81
+    return out
+
+
+def test_clusters_share_a_perturbation(folder: Path, by_cluster: Path) -> None:
+    poison = Poison.load(by_cluster.with_name("clustered-poison") / "poison.safetensors")
+    assert poison.classes == ("cluster 0", "cluster 1", "cluster 2")
+    assert poison.fit == "cover"
+    assert Placement.of(poison) is not None
+    assert checked(folder, by_cluster) == {"checked": 81, "wrong": {}}
+
+
+def test_pictures_taken_later_get_the_perturbation_of_their_cluster(
+    folder: Path, by_cluster: Path, tmp_path: Path
+) -> None:
+    """Nothing is crafted, and one picture is enough; known ones come out as they did."""
+    poison_file = by_cluster.with_name("clustered-poison") / "poison.safetensors"
+    one = next(folder.rglob("photo 0003.png"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "known.png").write_bytes(one.read_bytes())
+    write_mixed(tmp_path / "in" / "new", 6, side=60)
+    assert protect([tmp_path / "in"], tmp_path / "out", QUICK, poison_file) == 7
+    assert checked(tmp_path / "in", tmp_path / "out") == {"checked": 7, "wrong": {}}
+    before = by_cluster / one.relative_to(folder)
+    assert (tmp_path / "out" / "known.png").read_bytes() == before.read_bytes()
+
+
+def test_a_poison_of_single_pictures_is_not_for_others(made: Path, tmp_path: Path) -> None:
+    write_mixed(tmp_path / "in", 2, side=60)
+    poison = made.with_name("out-poison") / "poison.safetensors"
+    with pytest.raises(UserError, match=r"has no perturbation for it.*--clusters"):
+        protect([tmp_path / "in"], tmp_path / "out", QUICK, poison)
