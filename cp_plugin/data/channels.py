@@ -15,6 +15,9 @@ from cp_plugin.data.raw import RawDataset
 from cp_plugin.data.slots import elements
 from cp_plugin.util.random_state import random_state_kept
 
+POINTS = 2
+"""Last dimension of grids of points, which some transforms return beside views."""
+
 
 @random_state_kept()
 def channels_made(transform: Any, image: Any) -> set[int]:
@@ -39,8 +42,8 @@ def _channels(made: Any) -> Iterator[int]:
     for value in elements(made):
         if isinstance(value, Image.Image):
             yield len(value.getbands())
-        elif isinstance(value, Tensor) and value.ndim in (3, 4):  # 4: the pieces of a puzzle
-            yield value.shape[-3]
+        elif isinstance(value, Tensor) and value.ndim in (3, 4) and value.shape[-1] != POINTS:
+            yield value.shape[-3]  # of four dimensions: the pieces of a puzzle
         elif isinstance(value, np.ndarray) and value.ndim in (2, 3):
             yield 1 if value.ndim == 2 else value.shape[2]
 

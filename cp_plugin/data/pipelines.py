@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from cp_plugin.data.slots import elements, rebuilt
 from cp_plugin.util.internals import own_modules
 from cp_plugin.util.random_state import random_state_kept
 
@@ -71,13 +72,28 @@ def view_pipelines(host: Any) -> list[object] | None:
     if _inherits_call(type(host), MULTI_VIEW):
         return list(host.transforms)
     calls = _calls_of(host)
-    return calls if isinstance(calls, list) else None
+    return None if calls is None or isinstance(calls.form, _Number) else calls.pipelines
+
+
+def view_form(host: Any) -> Any:
+    """Return how a user's class returns its views, where that is no plain list: their numbers.
+
+    So `{"global": [0, 1], "local": [2]}` is that of a class that returns three views in a
+    dictionary. None for all others.
+    """
+    if isinstance(host, (list, tuple)):
+        return None
+    calls = _calls_of(host)
+    if calls is None or isinstance(calls.form, _Number):
+        return None
+    flat = type(calls.form) in (list, tuple) and all(isinstance(i, _Number) for i in calls.form)
+    return None if flat else calls.form
 
 
 def held_pipeline(host: Any) -> object | None:
     """Return the one pipeline that a user's class calls on the image, if that is all it does."""
     calls = _calls_of(host)
-    return None if calls is None or isinstance(calls, list) else calls
+    return calls.pipelines[0] if calls is not None and isinstance(calls.form, _Number) else None
 
 
 def is_pipeline(value: Any) -> bool:
@@ -130,8 +146,21 @@ def _is_of_host(value: Any) -> bool:
     return f"{type(value).__module__}.".startswith(LIBRARIES) and callable(value)
 
 
-def _calls_of(host: Any) -> object | list[object] | None:
-    """Return the pipelines that a user's class calls on an image, a list if it returns one.
+class _Number(int):
+    """The number of a view."""
+
+
+class _Calls(NamedTuple):
+    """What a user's class does with an image."""
+
+    pipelines: list[object]
+    """The pipeline of each view."""
+    form: Any
+    """What it returns, a `_Number` in place of each view."""
+
+
+def _calls_of(host: Any) -> _Calls | None:
+    """Return the pipelines that a user's class calls on an image.
 
     None where it does anything else, or holds no pipelines.
     """
@@ -150,11 +179,8 @@ def _calls_of(host: Any) -> object | list[object] | None:
                 results.append(recording(image))
             except Exception:  # a user's class may raise anything on what is no image
                 return None
-    found = [_pipelines_in(result) for result in results]
-    if any(one is None or one != found[0] for one in found):
-        return None
-    calls = found[0] or []
-    return calls if isinstance(results[0], list) or type(results[0]) is tuple else calls[0]
+    found = [_calls_in(result) for result in results]
+    return found[0] if all(one == found[0] for one in found) else None
 
 
 def _recording(host: Any, image: Image.Image) -> Any:
@@ -179,11 +205,18 @@ def _recording(host: Any, image: Image.Image) -> Any:
     return other if held else None
 
 
-def _pipelines_in(result: Any) -> list[object] | None:
-    """Return the pipelines of the views in a result, None where there is anything else in it."""
-    calls = [result] if isinstance(result, _Call) else result
-    if not isinstance(calls, (list, tuple)) or not calls:
+def _calls_in(result: Any) -> _Calls | None:
+    """Return the views in a result, None where there is anything else in it."""
+    pipelines: list[object] = []
+
+    def numbered(value: Any) -> Any:
+        if not isinstance(value, _Call) or not value.of_image:
+            return value
+        pipelines.append(value.pipeline)
+        return _Number(len(pipelines) - 1)
+
+    form = rebuilt(result, numbered)
+    views = elements(form)
+    if not views or not all(isinstance(view, _Number) for view in views):
         return None
-    if not all(isinstance(call, _Call) and call.of_image for call in calls):
-        return None
-    return [call.pipeline for call in calls]
+    return _Calls(pipelines, form)

@@ -17,7 +17,7 @@ from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.cache import Cache, CachedRows
 from cp_plugin.data.image import Canonical, Size, image_key, is_image
-from cp_plugin.data.pipelines import view_pipelines
+from cp_plugin.data.pipelines import grid_sides, view_form, view_pipelines
 
 MOST_VIEWS = 16
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
@@ -172,10 +172,10 @@ class RawDataset(Dataset[Item]):
     @staticmethod
     def _collated(samples: list[Any], host_collate: Callable[[Any], Any]) -> Any:
         try:
-            sample = host_collate(samples)
+            return markers.with_places(host_collate(samples))
         except (TypeError, AttributeError):
-            sample = host_collate([markers.as_lists(sample) for sample in samples])
-        return markers.with_places(sample)
+            listed = [markers.as_lists(sample) for sample in samples]
+            return markers.with_places(host_collate(listed), listed=True)
 
     @property
     def _name(self) -> str:
@@ -222,7 +222,10 @@ class RawDataset(Dataset[Item]):
             UserError: there are several, and one of them makes several views.
         """
         sources = [mark.source for mark in marks]
-        if len(marks) == 1 or isinstance(marks[0], markers.MarkerPart):
+        if isinstance(marks[0], markers.MarkerPart):
+            self._check_parts([mark.number for mark in marks], sources[0])  # type: ignore[union-attr]
+            return sources[0]
+        if len(marks) == 1:
             return sources[0]
         if any(view_pipelines(source) is not None for source in sources):
             raise UserError(
@@ -231,6 +234,21 @@ class RawDataset(Dataset[Item]):
                 "transform that makes all of them in `self.transform`."
             )
         return sources
+
+    def _check_parts(self, numbers: list[Any], source: Any) -> None:
+        """Check that a sample has all views that its transform makes, each once.
+
+        Raises:
+            UserError: it has not.
+        """
+        made = view_pipelines(source)
+        count = None if made is None else len(made) + len(grid_sides(source))
+        if count is not None and numbers != list(range(count)):
+            raise UserError(
+                f"{self._name} returns {len(numbers)} of an image's views and its transform makes "
+                f"{count}, so which view stands where is not known; return each view once, or let "
+                "the transform make those alone that are returned."
+            )
 
     def _check_other_images(self, sample: Any) -> None:
         """Check that a sample has no image beside those that the transform makes.
@@ -277,9 +295,10 @@ class ProbeOf:
 
     def __init__(self, canonical: Canonical, views: int | None, transform: Any) -> None:
         self._canonical, self._views, self._transform = canonical, views, transform
+        self._form = view_form(transform)
 
-    def __call__(self, image: Any = None, /, **named: Any) -> markers.ViewMarker:
-        """Return the mark of a canonical image."""
+    def __call__(self, image: Any = None, /, **named: Any) -> Any:
+        """Return the mark of a canonical image, or parts of it as the transform returns views."""
         if named or isinstance(image, markers.ViewMarker):
             how = f"with {next(iter(named))}=…" if named else "on what another one has made"
             raise UserError(
@@ -287,7 +306,8 @@ class ProbeOf:
                 "called on the image alone; keep one pipeline of torchvision, Lightly or "
                 "solo-learn in `self.transform` and return `self.transform(image)`."
             )
-        return markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
+        mark = markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
+        return mark if self._form is None else markers.rebuilt(self._form, mark.part)
 
 
 def transform_not_called(dataset: Any, row: int) -> str:

@@ -45,6 +45,10 @@ class ViewMarker:
     def __getitem__(self, number: int) -> MarkerPart:
         return MarkerPart(self.image, number, self.source, self.given)
 
+    def part(self, value: Any) -> Any:
+        """Return the part of a number, anything else as it is."""
+        return self[value] if isinstance(value, int) else value
+
 
 @dataclasses.dataclass(frozen=True)
 class MarkerPart:
@@ -90,10 +94,17 @@ def as_lists(sample: Any) -> Any:
     return rebuilt(sample, lambda value: value if _place(value) is None else [torch.tensor(value)])
 
 
-def with_places(sample: Any) -> Any:
-    """Return what the host's collate made of samples with placeholders, places in their stead."""
+def with_places(sample: Any, listed: bool = False) -> Any:
+    """Return what the host's collate made of samples with placeholders, places in their stead.
+
+    Args:
+        sample: what the collate returned.
+        listed: whether it was given samples `as_lists`, so that these lists are placeholders too.
+    """
 
     def exchange(value: Any) -> Any:
+        if not listed and isinstance(value, (list, tuple)) and _holds_one_batch(value):
+            return value
         number = _place(value)
         return value if number is None else Place(number)
 
@@ -169,6 +180,11 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         }
         return dataclasses.replace(value, **fields)
     return value
+
+
+def _holds_one_batch(value: Any) -> bool:
+    """Whether a list is that of a host's sample with one view in it, and not one of our making."""
+    return len(value) == 1 and isinstance(value[0], Tensor) and value[0].ndim > 0
 
 
 def _place(value: Any) -> int | None:
