@@ -7,6 +7,7 @@ is in both. Patches are cut before they are made smaller, so nothing bleeds over
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -153,11 +154,15 @@ def photograph(name: str) -> Image.Image:
     )
 
 
+@functools.lru_cache(maxsize=4 * len(PHOTOGRAPHS))
 def _patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArray[np.uint8]:
-    """Return patches of one photograph, uint8 (count, size, size, 3)."""
+    """Return patches of one photograph, uint8 (count, size, size, 3); not to be written to.
+
+    They are kept: a study's runs in one process cut them once.
+    """
     picture = photograph(name)
     cut = boxes(picture.width, picture.height, train, count, f"{seed} {name}")
-    return np.stack(
+    patches = np.stack(
         [
             np.asarray(
                 picture.crop((box.left, box.top, box.left + box.side, box.top + box.side)).resize(
@@ -167,3 +172,5 @@ def _patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArra
             for box in cut
         ]
     )
+    patches.setflags(write=False)
+    return patches

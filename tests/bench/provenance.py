@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("CP_PLUGIN_RESULTS") or Path(__file__).parent / "results")
 
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def write(theme: str, result: dict[str, Any], variant: str = "") -> Path:
     told = f"{result['provenance']['hardware']} {variant}"
     name = re.sub(r"[^a-z0-9]+", "-", told.lower()).strip("-")
     path = RESULTS / f"{theme}_{name}_{result['provenance']['date']}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

@@ -168,6 +168,34 @@ def step(results: list[Result]) -> str:
     return "\n".join([*lines, "", "\n\n".join(told)])
 
 
+def whole(results: list[Result]) -> str:
+    """Whole crafts and victims over their bare passes, and where the rest goes."""
+    newest = results[-1]
+    parts = list(newest["rows"][0]["seconds_of"])
+    lines = [
+        f"| run | what | times the bare passes | by processor time | {' | '.join(parts)} | "
+        "loader, images a second |",
+        "|---" * (len(parts) + 5) + "|",
+    ]
+    for row in newest["rows"]:
+        spread = f"{row['times_bare_least']:.2f} to {row['times_bare_most']:.2f}"
+        cells = (
+            row["row"],
+            row["kind"],
+            f"{row['times_bare']:.2f} ({spread})",
+            f"{row['times_bare_cpu']:.2f}",
+            *(f"{100 * row['seconds_of'][part] / row['seconds']:.0f} %" for part in parts),
+            f"{row['loader_images_per_second']:,.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    first = newest["rows"][0]
+    told = (
+        f"{newest['what']}; median (least to most) of {first['pairs']} pairs, precision "
+        f"{first['precision']}; shares are of the run's time."
+    )
+    return "\n".join([*lines, "", told, source(newest)])
+
+
 WAYS_TO_COMPLETE = (
     ("gram", "eigenvectors of the Gram matrices, batched"),
     ("svd", "torch.linalg.svd, batched"),
@@ -230,6 +258,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "schedules": curves,
     "solo": solo,
     "step": step,
+    "whole": whole,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,14 @@ from torchvision import transforms
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos, image_key
 from cp_plugin.data import photos as photo_module
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """Cut patches anew: tests put other photographs in the place of these."""
+    photo_module._patches.cache_clear()
+    yield
+    photo_module._patches.cache_clear()
 
 
 def test_photos_have_the_manner_of_torchvision() -> None:
@@ -33,7 +42,9 @@ def test_photos_have_the_manner_of_torchvision() -> None:
 
 def test_photos_are_the_same_every_time_and_leave_global_randomness_alone() -> None:
     state = random.getstate()
-    first, again = Photos(True, patches=5), Photos(True, patches=5)
+    first = Photos(True, patches=5)
+    photo_module._patches.cache_clear()  # they would be the same ones
+    again = Photos(True, patches=5)
     assert random.getstate() == state
     assert np.array_equal(first.data, again.data)
     assert not np.array_equal(first.data, Photos(True, patches=5, seed=1).data)
@@ -84,3 +95,13 @@ def test_photos_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photo_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="scikit-image"):
         Photos(True)
+
+
+def test_patches_are_cut_once_and_each_data_set_has_pixels_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = Photos(True, patches=4)
+    expected = first.data.copy()
+    monkeypatch.setattr(photo_module, "boxes", None)  # nothing is cut any more
+    first.data[:] = 0
+    assert np.array_equal(Photos(True, patches=4).data, expected)
