@@ -95,7 +95,7 @@ class Photos(Dataset[tuple[Any, int]]):
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self.targets = [label for label in range(len(self.classes)) for _ in range(count)]
         self.data: NDArray[np.uint8] = np.concatenate(
-            [_patches(name, train, size, count, seed) for name in self.classes]
+            [_kept_patches(name, train, size, count, seed) for name in self.classes]
         )
 
     def __len__(self) -> int:
@@ -155,14 +155,18 @@ def photograph(name: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=4 * len(PHOTOGRAPHS))
-def _patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArray[np.uint8]:
-    """Return patches of one photograph, uint8 (count, size, size, 3); not to be written to.
+def _kept_patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArray[np.uint8]:
+    """Return `_patches`, cut once in a process, as for the runs of a study; not to be written."""
+    patches = _patches(name, train, size, count, seed)
+    patches.setflags(write=False)
+    return patches
 
-    They are kept: a study's runs in one process cut them once.
-    """
+
+def _patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArray[np.uint8]:
+    """Return patches of one photograph, uint8 (count, size, size, 3)."""
     picture = photograph(name)
     cut = boxes(picture.width, picture.height, train, count, f"{seed} {name}")
-    patches = np.stack(
+    return np.stack(
         [
             np.asarray(
                 picture.crop((box.left, box.top, box.left + box.side, box.top + box.side)).resize(
@@ -172,5 +176,3 @@ def _patches(name: str, train: bool, size: int, count: int, seed: int) -> NDArra
             for box in cut
         ]
     )
-    patches.setflags(write=False)
-    return patches

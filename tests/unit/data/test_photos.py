@@ -19,9 +19,9 @@ from cp_plugin.data import photos as photo_module
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Iterator[None]:
     """Cut patches anew: tests put other photographs in the place of these."""
-    photo_module._patches.cache_clear()
+    photo_module._kept_patches.cache_clear()
     yield
-    photo_module._patches.cache_clear()
+    photo_module._kept_patches.cache_clear()
 
 
 def test_photos_have_the_manner_of_torchvision() -> None:
@@ -43,7 +43,7 @@ def test_photos_have_the_manner_of_torchvision() -> None:
 def test_photos_are_the_same_every_time_and_leave_global_randomness_alone() -> None:
     state = random.getstate()
     first = Photos(True, patches=5)
-    photo_module._patches.cache_clear()  # they would be the same ones
+    photo_module._kept_patches.cache_clear()  # they would be the same ones
     again = Photos(True, patches=5)
     assert random.getstate() == state
     assert np.array_equal(first.data, again.data)
