@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from cp_plugin.data import (
     RawDataset,
     SampleError,
     class_names,
+    image_key,
     labels,
     load,
     names_or_numbers,
 )
 from cp_plugin.data.image import Size
-from cp_plugin.data.picture_files import tell_left_out
+from cp_plugin.data.picture_files import distinct_names, tell_left_out
+from cp_plugin.data.picture_pixels import ORIENTATION, CannotProtect, ending, read, write
+from cp_plugin.data.picture_pixels import add as change
 from cp_plugin.data.raw import UNREADABLE
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
@@ -38,18 +41,17 @@ from cp_plugin.util.run_files import CONFIG_FILE
 
 UNFINISHED = ".cp-plugin-export"
 """Lies in a folder while it is written, and names the poison: the same command goes on there."""
-ORIENTATION = 0x0112
-"""EXIF's tag of how a picture is turned when it is shown."""
 
 
 def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
-    """Write the poisoned images as 8-bit PNG files, an image folder.
+    """Write the poisoned images as PNG files, an image folder.
 
     Names are those of the images relative to their folder, with the ending `.png`, which follows
     the own one where two files differ by that only; images that are no files of their own are
     `<class>/<row>.png`. Transparency and the colour profile are kept, and pictures are upright.
     What has no row, cannot be read or is animated is left out and named in the log. An export that
-    was interrupted goes on where it was.
+    was interrupted goes on where it was. With `fit: cover` files keep their own size, mode, depth
+    and orientation (see `cp_plugin.data.picture_pixels`).
 
     Args:
         poison_file: the poison.
@@ -71,9 +73,15 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     add = AddPoison(poison, names if poison.granularity == "class" else None)
     left_out: dict[Path, str] = {}
     resized: dict[Path, str] = {}
-    raw, skipped = _readable(dataset, poison.size)
+    covering = poison.fit == "cover"
+    raw, skipped = _readable(dataset, None if covering else poison.size)
     written = 0
-    for row, name in enumerate(_distinct(list(_relative_names(dataset, known, names)))):
+    relative = list(_relative_names(dataset, known, names))
+    endings = [".png"] * len(relative)
+    if covering:
+        files = [Path(file_of(dataset, row) or name) for row, name in enumerate(relative)]
+        endings = [ending(file, "png") for file in files]
+    for row, name in enumerate(distinct_names(relative, endings)):
         file = file_of(dataset, row)
         source = Path(file or name)
         if file is not None and _is_animated(source):
@@ -83,16 +91,17 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
             try:
                 if row < skipped:
                     raise SampleError("unreadable")
-                item = raw[row - skipped]
-                image = add(item.image, item.key, -1 if known is None else int(known[row]))
+                label = -1 if known is None else int(known[row])
+                made = _at_own_size if covering else _at_size_of_poison
+                save = made(add, raw, row - skipped, label, file)
             except SampleError as error:
                 missing = "no row" in str(error)
                 left_out[source] = "the poison has no row for it" if missing else "unreadable"
                 continue
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(_digest(poison_file), encoding="utf8")
-            _write(to_pil_image(image), file, out / name, poison)
-        if file is not None and (size := _size(source)) != poison.size:
+            _write(out / name, save)
+        if not covering and file is not None and (size := _size(source)) != poison.size:
             resized[source] = f"{size[0]} x {size[1]}"
         written += 1
     if not written:
@@ -106,7 +115,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     return written
 
 
-def _readable(dataset: Any, size: Size) -> tuple[RawDataset, int]:
+def _readable(dataset: Any, size: Size | None) -> tuple[RawDataset, int]:
     """Return the data set from its first readable image on, and how many come before.
 
     Raises:
@@ -144,14 +153,53 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _write(picture: Image.Image, file: str | None, path: Path, poison: Poison) -> None:
-    """Write a poisoned picture with what its file has beside colours; whole, or not at all."""
+Save = Callable[[Path], None]
+"""Writes a picture to a path."""
+
+
+def _write(path: Path, save: Save) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    save(partial)
+    partial.replace(path)
+
+
+def _at_own_size(add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None) -> Save:
+    """Return what writes an image as large as it is, and all that its file has.
+
+    Raises:
+        SampleError: it cannot be read, or the poison has no row for it.
+    """
+    poison = add.poison
+    grid = Canonical(poison.size, poison.fit)
+    if file is None:
+        image = raw[row].image
+        made = to_pil_image(add(image, image_key(grid(image)), label))
+        return lambda path: made.save(path, "PNG")
+    try:
+        picture, canonical = read(Path(file), grid)
+    except CannotProtect as error:
+        raise SampleError(str(error)) from error
+    change(picture, add.row(image_key(canonical), label), poison.eps)
+    return lambda path: write(picture, path)
+
+
+def _at_size_of_poison(
+    add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None
+) -> Save:
+    """Return what writes an image of the poison's size, and what its file has beside colours.
+
+    Raises:
+        SampleError: it cannot be read, or the poison has no row for it.
+    """
+    item = raw[row]
+    picture = to_pil_image(add(item.image, item.key, label))
     kept: dict[str, Any] = {}
     if file is not None:
         with Image.open(file) as original:
             if original.has_transparency_data:
                 alpha = original.convert("RGBA").getchannel("A")
-                picture.putalpha(to_pil_image(Canonical(poison.size)(alpha)[:1]))
+                picture.putalpha(to_pil_image(Canonical(add.poison.size)(alpha)[:1]))
             profile = original.info.get("icc_profile")
             if profile and profile[16:20] == b"RGB ":  # that of a grey or CMYK picture does not fit
                 kept["icc_profile"] = profile
@@ -159,10 +207,7 @@ def _write(picture: Image.Image, file: str | None, path: Path, poison: Poison) -
         if turned != 1:
             picture.getexif()[ORIENTATION] = turned
             picture = ImageOps.exif_transpose(picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, "PNG", **kept)
-    partial.replace(path)
+    return lambda path: picture.save(path, "PNG", **kept)
 
 
 def _is_animated(file: Path) -> bool:
@@ -177,21 +222,6 @@ def _is_animated(file: Path) -> bool:
 def _size(file: Path) -> tuple[int, int]:
     with Image.open(file) as picture:
         return picture.height, picture.width
-
-
-def _distinct(names: list[Path]) -> list[Path]:
-    """Return names of PNG files, no two the same: where endings alone differ, they are kept."""
-    taken = {str(name).lower() for name in names if name.suffix.lower() == ".png"}
-    found = []
-    for name in names:
-        chosen = name.with_suffix(".png")
-        if name.suffix.lower() != ".png":
-            longer = name
-            while str(chosen).lower() in taken:
-                chosen = longer = longer.with_name(f"{longer.name}.png")
-            taken.add(str(chosen).lower())
-        found.append(chosen)
-    return found
 
 
 def _dataset(poison_file: Path, data: Path | None, by_class: bool) -> Any:

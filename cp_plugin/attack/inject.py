@@ -61,13 +61,24 @@ class AddPoison:
         Raises:
             SampleError: a sample poison has no row for an image.
         """
+        return self.poison.apply(images_BCHW, self._rows(keys, labels))
+
+    def row(self, key: int, label: int) -> Tensor:
+        """Return the delta of one image, float32 (C, h, w), zero where it carries none.
+
+        Raises:
+            SampleError: a sample poison has no row for it.
+        """
+        return self.poison.perturbation.gather(self._rows([key], [label]))[0]
+
+    def _rows(self, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
         names = [self.classes[y] if self.classes and y >= 0 else None for y in labels]
         rows = self.poison.rows(keys=keys, classes=names)
         if self.poison.granularity == "sample" and not self._partial and bool((rows < 0).any()):
             raise SampleError(
                 "the poison has no row for this image; use the data set it was made for."
             )
-        return self.poison.apply(images_BCHW, rows)
+        return rows
 
 
 def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformDataset:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from cp_plugin import CraftPoison, InjectPoison, Poison
+from cp_plugin.apps.export import export
 from cp_plugin.callbacks.inject import CanonicalImages, NoisePoison
 from cp_plugin.config.baselines import RandomConfig
 from cp_plugin.config.settings import UserError
@@ -71,7 +72,7 @@ def seen_in(
     with monkeypatch.context() as patch:
         patch.setattr(transforms.RandomResizedCrop, "forward", noting)
         trained(folder, out, callback)
-    return seen[::2]
+    return seen[-2 * len(SIZES) :: 2]  # the first image is read before, to learn what it is
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -148,3 +149,21 @@ def test_a_start_of_the_other_kind_is_refused(folder: Path, tmp_path: Path, pois
     craft = CraftPoison(rounds=1, dir=str(tmp_path / "other"), init=start, **settings)
     with pytest.raises(UserError, match=r"set poison\.fit=cover"):
         trained(folder, tmp_path, craft)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_is_what_victims_see(folder: Path, tmp_path: Path, poison: Poison) -> None:
+    """At the images' own size, modes kept, over folders of classes and of no classes."""
+    file = poison.save(tmp_path / "again.safetensors")
+    assert export(file, tmp_path / "out", folder) == len(SIZES)
+    for path in folder.rglob("*.png"):
+        with (
+            Image.open(path) as one,
+            Image.open(tmp_path / "out" / path.relative_to(folder)) as two,
+        ):
+            assert one.size == two.size
+            assert one.mode == two.mode
+            clean, exported = Canonical(None)(one), Canonical(None)(two)
+        rows = poison.rows(keys=[image_key(Canonical(16, "cover")(clean))])
+        assert torch.equal(exported, poison.apply(clean[None], rows)[0])
+        assert not torch.equal(exported, clean)
