@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
-from cp_plugin.hosts.checks import Use, checking_labels, following
+from cp_plugin.hosts.checks import checking_labels
 from cp_plugin.hosts.gradients import MomentumGradients, blank, momentum_gradients
 from cp_plugin.hosts.momentum import confirmed_branch, find_momentum_modules
 from cp_plugin.hosts.observe import Observation, named_networks, observing, units_in
+from cp_plugin.hosts.paths import Use, following
 from cp_plugin.hosts.protocol import LossRequests
 from cp_plugin.util.internals import registered, tree_map, without_torch_functions
 from cp_plugin.util.undo import Exchanges

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.hosts.gradients import MomentumGradients, preserve_state
-from cp_plugin.hosts.lineage import graph_below, tensors_in
+from cp_plugin.hosts.lineage import tensors_in
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
-from cp_plugin.util.internals import tree_map, without_torch_functions
 
 MASKED = {
     "MAEDecoder": "MAE",
@@ -128,174 +126,6 @@ def checking_labels(
             "minimises a loss without labels: leave the supervised term out, or call the module "
             "that reads labels `…classifier` and give it detached features."
         )
-
-
-@dataclass
-class Use:
-    """What `following` finds."""
-
-    only_picks: bool = False
-    """Whether the loss uses the momentum branch only to pick indices, which have no gradient."""
-
-
-def following(
-    method: str,
-    gradients_of: Callable[[], MomentumGradients],
-    networks: Mapping[str, nn.Module],
-    views: Sequence[Tensor],
-    batch: Batch,
-    found: Use,
-) -> LossRequests:
-    """Check that the gradient sees all by which the momentum branch's outputs reach the loss.
-
-    What each network returns is changed a little. Where the loss then changes, it uses the output,
-    and its gradient with respect to the change must say by how much; where it does not change at
-    all, the output only picks indices (SMoG's groups, neighbours) or is not used.
-
-    Args:
-        method: its name, for errors.
-        gradients_of: makes the context that the noise phase uses.
-        networks: the momentum branch by name.
-        views: V views, each float (B, C, h, w).
-        batch: what they were made of.
-        found: what is filled in.
-
-    Raises:
-        UserError: the loss uses an output by a way that carries no gradient, or only a part of it.
-    """
-    picks = []
-    for name, network in networks.items():
-        slope = _Probe(0.0, asks=True)
-        yield from _nudged(gradients_of(), network, views, batch, slope)
-        if not slope.ran:
-            continue
-        small = _Difference(max(1e-3, 4 * slope.resolution))
-        yield from small.measured(gradients_of, network, views, batch)
-        used = not small.equals(slope)
-        if used and slope.slope is None and slope.resolution < 1e-5:
-            # A choice may have flipped: a change ten times smaller then leaves it alone.
-            smaller = _Difference(1e-4)
-            yield from smaller.measured(gradients_of, network, views, batch)
-            used = not smaller.equals(slope)
-        picks.append(not (used or slope.reaches))
-        if used:
-            wide, narrow = _Difference(0.03), _Difference(0.015)
-            for difference in (wide, narrow):
-                yield from difference.measured(gradients_of, network, views, batch)
-            _check_followed(method, name, slope, (wide, narrow))
-    found.only_picks = bool(picks) and all(picks)
-
-
-@dataclass
-class _Probe:
-    """One run with a network's outputs o taken as o * (1 + step * pattern)."""
-
-    step: float
-    asks: bool = False
-    """Whether the derivative with respect to the step is asked for."""
-    ran: bool = False
-    reaches: bool = False
-    """Whether a gradient path leads from the loss to any part of the branch."""
-    loss: float = 0.0
-    slope: float | None = None
-    """The derivative; None where no path to the loss is known."""
-    resolution: float = 1e-7
-    """Of the outputs' type."""
-
-
-class _Difference:
-    """The loss at two steps of opposite sign."""
-
-    def __init__(self, step: float) -> None:
-        self._step = step
-        self._probes = (_Probe(step), _Probe(-step))
-
-    def measured(
-        self,
-        gradients_of: Callable[[], MomentumGradients],
-        network: nn.Module,
-        views: Sequence[Tensor],
-        batch: Batch,
-    ) -> LossRequests:
-        """Ask for both losses."""
-        for probe in self._probes:
-            yield from _nudged(gradients_of(), network, views, batch, probe)
-
-    def equals(self, other: _Probe) -> bool:
-        """Whether both losses are another run's to the last bit."""
-        return all(probe.loss == other.loss for probe in self._probes)
-
-    @property
-    def slope(self) -> float:
-        """The derivative by differences."""
-        return (self._probes[0].loss - self._probes[1].loss) / (2 * self._step)
-
-    def noise(self, resolution: float) -> float:
-        """How far the slope may be off because losses are rounded."""
-        return 16 * resolution * abs(self._probes[0].loss) / self._step
-
-
-def _check_followed(
-    method: str, name: str, asked: _Probe, differences: tuple[_Difference, _Difference]
-) -> None:
-    known = asked.slope or 0.0
-    measured = [difference.slope for difference in differences]
-    noise = max(difference.noise(asked.resolution) for difference in differences)
-    misses = [abs(slope - known) for slope in measured]
-    limit = 0.25 * max(abs(known), *map(abs, measured)) + noise
-    agree = abs(measured[0] - measured[1]) < 0.3 * min(misses)
-    cut = asked.slope is None or not asked.reaches  # behind the network, or before it
-    if (cut and max(map(abs, measured)) > noise) or (agree and min(misses) > limit):
-        share = "no" if cut else "only a part of the"
-        raise UserError(
-            f"the loss of {method} uses what {name} returns, but {share} gradient reaches it: the "
-            "way there has something that cannot be followed (.data, numpy, "
-            "torch.inference_mode, an autograd.Function, a reentrant checkpoint or vmap under "
-            "torch.no_grad). Compute the targets with plain torch functions under torch.no_grad or "
-            ".detach(), or set poison.dual_branch=false."
-        )
-
-
-def _nudged(
-    gradients: MomentumGradients,
-    network: nn.Module,
-    views: Sequence[Tensor],
-    batch: Batch,
-    probe: _Probe,
-) -> LossRequests:
-    step = torch.tensor(probe.step, device=views[0].device, requires_grad=probe.asks)
-
-    def nudge(output: Any) -> Any:
-        return tree_map(changed, output)
-
-    def changed(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
-            return value
-        probe.ran = True
-        probe.resolution = max(probe.resolution, torch.finfo(value.dtype).eps)
-        if value.is_inference() and not torch.is_inference_mode_enabled():
-            value = value.clone()
-        place = torch.arange(value.shape[-1], device=value.device)
-        return value * (1 + step * place.cos()).to(value.dtype)
-
-    def on_loss(loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False) -> None:
-        with without_torch_functions():
-            probe.loss += float(loss.detach().double().sum())
-        probe.reaches |= bool(gradients.lineage.momentum & graph_below([loss]))
-        if probe.asks and loss.requires_grad:
-            (part,) = torch.autograd.grad(
-                loss, step, torch.ones_like(loss), retain_graph=retain_graph, allow_unused=True
-            )
-            if part is not None:
-                probe.slope = (probe.slope or 0.0) + float(part)
-
-    with preserve_state(gradients.module), torch.enable_grad():
-        gradients.module.eval()
-        gradients.nudges[id(network)] = nudge
-        with gradients:
-            yield LossRequest(
-                [view.detach().requires_grad_().clone() for view in views], batch, on_loss
-            )
 
 
 def _gradient(

@@ -27,6 +27,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.hosts.distributed import gather_with_gradient
 from cp_plugin.hosts.lineage import (
     Lineage,
+    Nudge,
     Origin,
     Patched,
     Role,
@@ -151,8 +152,8 @@ class MomentumGradients(TorchFunctionMode):
         self.momentum_modules = tuple(momentum_modules)
         self.lineage = Lineage()
         """What the branches returned since the context was entered."""
-        self.nudges: dict[int, Callable[[Any], Any]] = {}
-        """Changes of networks' outputs, by the networks' identity: for checks."""
+        self.nudges: dict[int, Nudge] = {}
+        """Changes of networks' inputs and outputs, by the networks' identity: for checks."""
         self._branch_memory: set[int] = set()
         self._roles = roles_of(module, self.momentum_modules, classifiers)
         self.exchanged = Exchanges()

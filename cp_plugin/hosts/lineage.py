@@ -59,6 +59,18 @@ def roles_of(
     return roles
 
 
+class Nudge(Protocol):
+    """Changes what goes into a network, and what comes out."""
+
+    def inputs(self, arguments: Any) -> Any:
+        """Return the positional and named arguments of a call, changed or not."""
+        ...
+
+    def outputs(self, output: Any) -> Any:
+        """Return what the call returned, changed or not."""
+        ...
+
+
 class Caller(Protocol):
     """What calls a network in place of its own `forward`."""
 
@@ -68,8 +80,8 @@ class Caller(Protocol):
         """Call a network as its role asks."""
         ...
 
-    nudges: dict[int, Callable[[Any], Any]]
-    """What changes a network's output a little, by the network's identity: for checks."""
+    nudges: dict[int, Nudge]
+    """What changes a network's input or output a little, by its identity: for checks."""
     exchanged: Exchanges
     """What undoes the exchange of a network's call."""
 
@@ -91,9 +103,11 @@ class Patched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network as its role asks."""
-        output = self._caller.call(self.__wrapped__, self._role, self._compiled, args, kwargs)
         nudge = self._caller.nudges.get(id(self._module))
-        return output if nudge is None else nudge(output)
+        if nudge is not None:
+            args, kwargs = nudge.inputs((args, kwargs))
+        output = self._caller.call(self.__wrapped__, self._role, self._compiled, args, kwargs)
+        return output if nudge is None else nudge.outputs(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patched | None:
         """Return what stands in a copy that a step makes of a network: a new momentum branch."""

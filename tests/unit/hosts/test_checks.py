@@ -34,13 +34,35 @@ class Scaled(torch.autograd.Function):
         return gradient * 2
 
 
+class Stopped(torch.autograd.Function):
+    """Lets no gradient through, though a graph leads through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
+
+
 class Network(nn.Module):
+    inside = ""
+    """How the way through it is cut."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.offset = nn.Parameter(torch.rand(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    def forward(self, x: Tensor) -> Any:
+        if self.inside == "data":
+            return self.layers(x.data)
+        if self.inside == "half":
+            return 0.5 * (self.layers(x) + self.layers(x.data))
+        if self.inside == "function":
+            return Stopped.apply(self.layers(x))
+        return self.layers(x) if self.inside != "constant" else (self.layers(x), self.offset)
 
 
 class Method(nn.Module):
@@ -76,7 +98,15 @@ class Method(nn.Module):
 
     def training_step(self, batch: Any) -> Tensor:
         x0, x1 = batch[0]
-        query0, query1, key0, key1 = self.student(x0), self.student(x1), self.key(x0), self.key(x1)
+        query0, query1, key0 = self.student(x0), self.student(x1), self.key(x0)
+        if self.target.startswith("inside one"):
+            self.teacher.inside = self.target.rpartition(" ")[2]
+        key1 = self.key(x1)
+        self.teacher.inside = ""
+        if self.target == "constant":
+            self.teacher.inside = "constant"
+            key1 = sum(self.key(x1))
+            self.teacher.inside = ""
         if self.target == "one direction":
             key1 = key1.data
         if self.target == "picks":
@@ -99,6 +129,40 @@ def test_a_path_that_cannot_be_followed_is_refused_by_name(target: str) -> None:
     says = f"uses what teacher returns, but {share} gradient reaches it.*dual_branch=false"
     with pytest.raises(UserError, match=says):
         host_of(Method(target)).detect_momentum(VIEWS, BATCH, LABELS)
+
+
+INSIDE = {"inside one data": "no", "inside one half": "only a part of the"} | {
+    "inside one function": "no"
+}
+
+
+@pytest.mark.parametrize("target", INSIDE)
+def test_a_cut_inside_the_branch_in_one_of_two_directions_is_refused(target: str) -> None:
+    says = f"teacher returns, but {INSIDE[target]} gradient passes its call 2.*dual_branch=false"
+    with pytest.raises(UserError, match=says):
+        host_of(Method(target)).detect_momentum(VIEWS, BATCH, LABELS)
+
+
+@pytest.mark.parametrize("target", ["plain", "constant"])
+def test_what_is_accepted_has_the_gradient_of_finite_differences(target: str) -> None:
+    module = Method(target).double()
+    views = [view.double() for view in VIEWS]
+    host = host_of(module)
+    assert host.detect_momentum(views, BATCH, LABELS)
+    assert host.momentum_names == ("teacher",)
+    leaves = [view.clone().requires_grad_() for view in views]
+    with momentum_gradients(module, host.momentum_modules()):
+        found = torch.autograd.grad(host.loss(leaves, BATCH), leaves)
+    generator = torch.Generator().manual_seed(3)
+    ways = [torch.randn(view.shape, generator=generator, dtype=torch.float64) for view in views]
+    step = 1e-5
+    with torch.no_grad():
+        up, down = (
+            float(host.loss([v + sign * step * w for v, w in zip(views, ways, strict=True)], BATCH))
+            for sign in (1, -1)
+        )
+    slope = sum(float((g * w).sum()) for g, w in zip(found, ways, strict=True))
+    assert slope == pytest.approx((up - down) / (2 * step), rel=1e-6)
 
 
 def test_weights_kept_apart_are_refused() -> None:
