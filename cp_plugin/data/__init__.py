@@ -2,12 +2,12 @@
 
 `image` (canonical form, keys), `wrappers` (the data sets inside a data set), `labels` (labels and
 class names), `raw` (the host's transform taken off), `slots` (where views stand in a sample),
-`channels` (grey images, and channels that a poison cannot keep), `transformed` (images changed
-before the transform), `in_memory` (changed once), `batch`, `loading`, `subset`, `pipelines` (what
-makes several views), `photos` (the embedded photographs), `picture_files` (files in folders),
-`picture_pixels` and `png16` (files of any kind, changed), `picture_cache` (pictures decoded once),
-`canonical` (which size is canonical), `fit` (delta at any size), `datasets` (`data.dataset` by
-name).
+`kept` (samples that a data set keeps), `channels` (grey images, and channels that a poison cannot
+keep), `transformed` (images changed before the transform), `in_memory` (changed once), `batch`,
+`loading`, `subset`, `pipelines` (what makes several views), `photos` (the embedded photographs),
+`picture_files` (files in folders), `picture_pixels` and `png16` (files of any kind, changed),
+`picture_cache` (pictures decoded once), `canonical` (which size is canonical), `fit` (delta at any
+size), `datasets` (`data.dataset` by name).
 """
 
 from cp_plugin.data.datasets import FlatFolder, load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from cp_plugin.data import wrappers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.cache import Cache, CachedRows
 from cp_plugin.data.image import Canonical, Size, image_key, is_image
+from cp_plugin.data.kept import still_held
 from cp_plugin.data.pipelines import grid_sides, view_form, view_pipelines
+from cp_plugin.util.random_state import random_state_kept
 
 MOST_VIEWS = 16
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)
@@ -207,13 +210,35 @@ class RawDataset(Dataset[Item]):
                 self._check_other_images(sample)
                 self.transform = self._transform_of(marks)
                 self.given = marks[0].given
-                return len(marks)
+                places, kept = len(marks), [weakref.ref(mark) for mark in marks]
+                del sample, marks
+                self._check_kept(kept)
+                return places
             reason = ""
         raise UserError(
             f"{self._name} does not return what its transform makes{reason}, so the place of the "
             "views in a sample is not known; apply `self.transform` to the image and return the "
             "result as it is."
         )
+
+    def _check_kept(self, marks: Sequence[weakref.ref[Any]]) -> None:
+        """Check that what was read through a copy of the data set has not stayed in the original.
+
+        Raises:
+            UserError: it has: the data set would give it to whoever reads it later.
+        """
+        self._probed = None  # what the copy keeps goes with it
+        if not still_held(marks):
+            return
+        with random_state_kept():
+            stayed = markers.find(read(self.dataset, 0))
+        if stayed:
+            raise UserError(
+                f"{self._name} keeps its samples in a place that all its copies share (a global, "
+                "a class attribute, a cache of another library), so clean and perturbed ones would "
+                "be mixed up; keep them in a dictionary or list of the data set itself, or switch "
+                "the cache off, and make the data set anew."
+            )
 
     def _transform_of(self, marks: Sequence[markers.ViewMarker | markers.MarkerPart]) -> Any:
         """Return what made the marked places: one transform, or one for each place.

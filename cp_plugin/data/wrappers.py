@@ -7,9 +7,7 @@ changes.
 
 from __future__ import annotations
 
-import copy
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,9 @@ from torchvision.datasets import VisionDataset
 from torchvision.datasets.vision import StandardTransform
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.data.kept import unshared
 from cp_plugin.data.pipelines import is_pipeline
 
-CONTAINERS = (dict, list, set, deque)
 TRANSFORM = "transform"
 HEX_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
@@ -167,14 +165,15 @@ def with_transform(dataset: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def shallow_copy(dataset: Any) -> Any:
-    """Return an object of the same class with the same attributes, containers copied.
+    """Return an object of the same class with the same attributes, but places of its own for them.
 
-    A data set may keep samples in a container; what is read through the copy stays out of the
-    original's. Not `copy.copy`: wrappers that pass unknown attributes on would recurse in it.
+    A data set may keep samples; what is read through the copy stays out of the original's. Not
+    `copy.copy`: wrappers that pass unknown attributes on would recurse in it.
     """
     same = object.__new__(type(dataset))
     for name, value in vars(dataset).items():
-        vars(same)[name] = copy.copy(value) if isinstance(value, CONTAINERS) else value
+        # The data set inside a wrapper is copied only where its transform is exchanged.
+        vars(same)[name] = value if _is_dataset(value) else unshared(value)
     return same
 
 

@@ -1,5 +1,10 @@
 """Data sets that keep what their transform returned: they stay the user's own."""
 
+import functools
+from collections import UserDict
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +25,39 @@ DELTA = Poison(
 )
 
 
+class Store:
+    """A user's own cache."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def get(self, row):
+        return self.entries.get(row)
+
+    def __setitem__(self, row, value):
+        self.entries[row] = value
+
+    def __iter__(self):
+        return iter(self.entries)
+
+
+class Nested(Store):
+    """A cache by split, in a namespace."""
+
+    def __init__(self):
+        self.inner = SimpleNamespace(splits={"train": {}})
+
+    @property
+    def entries(self):
+        return self.inner.splits["train"]
+
+
+def objects():
+    return np.full(COUNT, None, dtype=object)
+
+
 class Kept(Dataset):
-    """Keeps samples in a container: a dictionary by row, or a list."""
+    """Keeps samples in a container by row: a dictionary, a list, an array or an own object."""
 
     def __init__(self, container):
         self.items = [np.full((8, 8, 3), 10 * row, np.uint8) for row in range(COUNT)]
@@ -36,14 +72,14 @@ class Kept(Dataset):
     def __getitem__(self, row):
         if isinstance(self.kept, list) and not self.kept:
             self.kept.extend([None] * COUNT)
-        found = self.kept.get(row) if isinstance(self.kept, dict) else self.kept[row]
+        found = self.kept.get(row) if hasattr(self.kept, "get") else self.kept[row]
         if found is None:
             found = self.transform(Image.fromarray(self.items[row])), self.targets[row]
             self.kept[row] = found
         return found
 
 
-containers = pytest.mark.parametrize("container", [dict, list])
+containers = pytest.mark.parametrize("container", [dict, list, objects, Store, Nested, UserDict])
 
 
 def is_clean(dataset):
@@ -83,3 +119,71 @@ def test_samples_kept_from_before_are_refused(container, filled):
 
     with pytest.raises(UserError, match=r"Kept .*transform"):
         read_all()
+
+
+class Elsewhere(Kept):
+    """Keeps samples in a class attribute, which all copies of a data set share."""
+
+    everyones: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__({})
+        self.everyones.clear()
+        del self.kept
+
+    @property
+    def kept(self):
+        return self.everyones
+
+    @kept.setter
+    def kept(self, value):
+        self.given = value
+
+    @kept.deleter
+    def kept(self):
+        del self.given
+
+
+def test_samples_kept_where_all_copies_share_them_are_refused():
+    says = "Elsewhere keeps its samples in a place that all its copies share"
+    with pytest.raises(UserError, match=says):
+        RawDataset(Elsewhere(), None)
+    with pytest.raises(UserError, match=says):
+        inject(Elsewhere(), DELTA)
+
+
+class Memoised(Kept):
+    @functools.lru_cache(maxsize=None)  # noqa: B019, UP033
+    def __getitem__(self, row):
+        return self.transform(Image.fromarray(self.items[row])), self.targets[row]
+
+
+def test_a_memoised_method_is_served_and_stays_the_users_own():
+    images = Memoised({})
+    bank = Bank.clean(images, None)
+    assert bank.images.shape == (COUNT, 3, 8, 8)
+    victim = inject(images, DELTA)
+    for row in range(COUNT):
+        assert torch.equal(victim[row][0], torch.full((3, 8, 8), 10 * row + 8).byte())
+    assert is_clean(images)
+
+
+class HoldingMethod(Kept):
+    """Memoises a method of the instance: a copy asks the original, whose transform is the own."""
+
+    def __init__(self):
+        super().__init__({})
+        self.load = functools.lru_cache(maxsize=None)(self._load)
+
+    def _load(self, row):
+        return self.transform(Image.fromarray(self.items[row])), self.targets[row]
+
+    def __getitem__(self, row):
+        return self.load(row)
+
+
+def test_a_memoised_method_of_the_instance_is_refused():
+    images = HoldingMethod()
+    with pytest.raises(UserError, match="HoldingMethod"):
+        inject(images, DELTA)
+    assert is_clean(images)
