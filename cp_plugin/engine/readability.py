@@ -22,7 +22,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import InjectPoison, MirrorViews
 from cp_plugin.config.baselines import RandomConfig
 from cp_plugin.config.settings import UserError
-from cp_plugin.engine.run import prepare
+from cp_plugin.engine.run import prepare, quiet
 
 LAST_PART = 4
 """The loss is the mean over the last quarter of the steps."""
@@ -81,6 +81,7 @@ def readability(
             f"readability needs at least {LAST_PART} steps and one seed, got {steps} steps and "
             f"{len(seeds)} seeds."
         )
+    quiet()
     losses: dict[str, list[float]] = {CLEAN: [], POISON: [], RANDOM: []}
     for seed in seeds:
         for kind, found in losses.items():

@@ -37,6 +37,12 @@ from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, RESULT_FILE
 log = logging.getLogger("cp_plugin")
 
 
+def quiet() -> None:
+    """Leave out what Lightning says of every trainer; it sets INFO when it is imported."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
     """Craft a poison, train a victim or a clean baseline, as the configuration says.
 
@@ -50,8 +56,7 @@ def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
     Raises:
         UserError: anything in the configuration, the data or the poison that the user can mend.
     """
-    for name in ("lightning.pytorch", "pytorch_lightning"):  # they set INFO when imported
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     selection, settings = check(cfg)
     folder, checkpoint, finished = _folder(
         settings, selection, str(cfg.get("precision", settings.precision))
