@@ -17,8 +17,10 @@ from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import load
+from cp_plugin.data import class_names, load
 from cp_plugin.data.canonical import canonical_form
+from cp_plugin.data.datasets import FOLDERS, class_folder
+from cp_plugin.data.labels import renumbered
 from cp_plugin.engine.readability import Readability, readability
 from cp_plugin.engine.run import check
 from cp_plugin.engine.supervised import Supervised
@@ -97,7 +99,9 @@ def evaluate(
             row["finetune"] = asdict(tuned)
         rows.append(row)
     if isinstance(host.module, Supervised):
-        rows[0]["classifier"] = _correct(host.module, query_features, sets.query.labels)
+        known = _own_numbers(run, cfg, sets.query, data is not None or test is not None)
+        if known is not None:
+            rows[0]["classifier"] = _correct(host.module, query_features, known)
     return rows
 
 
@@ -185,28 +189,75 @@ def _sets(
     data: Path | None,
     test: Path | None,
 ) -> _Sets:
-    source = cfg.data
-    name, path = (source.dataset, source.train_path) if data is None else ("custom", data)
-    train, tests = load(name, path, test or source.val_path, source.no_labels)
-    if data is None:
-        train = run.training_images(cfg)
-    if tests is None:
-        raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
+    train = run.training_images(cfg) if data is None else class_folder(data, "--data")
+    tests = _tests(cfg.data, data, test)
     view_mirror = mirror(pipeline)
     sizes = (view_mirror.view_size, canonical_form(train, view_mirror.resized_side).size)
     clean = Bank.clean(train, *sizes)
-    query = Bank.clean(tests, *sizes).numbered_as(clean)
+    query = _numbered(Bank.clean(tests, *sizes), clean, data, test)
     banks = {"clean": clean}
     if poison is not None:
         try:
             part(train, poison, 1.0)
             banks["poisoned"] = clean.poisoned(poison)
+            if data is not None and poison.owned_keys is None:
+                log.warning(
+                    "the poison of whole classes is added to the images of %s for the poisoned "
+                    "bank; where they carry it already, as exported ones do, the clean bank is "
+                    "what they are",
+                    data,
+                )
         except UserError as error:
             if data is None:
                 raise
             # Other images may be what is asked for: exported ones are a poisoned bank themselves.
             log.warning("there is no poisoned bank of %s: %s", data, error)
     return _Sets(banks, query, view_mirror.normalize)
+
+
+def _tests(source: DictConfig, data: Path | None, test: Path | None) -> Any:
+    """Return the labelled test images: those given, or the run's own.
+
+    Raises:
+        UserError: there are none.
+    """
+    if test is not None:
+        return class_folder(test, "--test")
+    if data is not None and source.dataset in FOLDERS and source.val_path is not None:
+        return class_folder(source.val_path, "data.val_path")  # the run's own bank is not asked for
+    tests = load(source.dataset, source.train_path, source.val_path, source.no_labels)[1]
+    if tests is None:
+        raise UserError("kNN needs labelled test images; give their folder with --test DIR.")
+    return tests
+
+
+def _numbered(query: Bank, bank: Bank, data: Path | None, test: Path | None) -> Bank:
+    """Return the query with the bank's numbers of classes.
+
+    Raises:
+        UserError: it has images of a class that the bank lacks.
+    """
+    try:
+        return query.numbered_as(bank)
+    except UserError as error:
+        if data is None or test is not None:
+            raise
+        raise UserError(
+            f"the bank {data} is compared with the run's own test images; give those of its "
+            f"classes with --test DIR: {error}"
+        ) from None
+
+
+def _own_numbers(run: Run, cfg: DictConfig, query: Bank, given: bool) -> Tensor | None:
+    """Return the query's labels as a run's own classifier numbers them, None if that is unknown."""
+    if not given:
+        return query.labels
+    try:
+        own = class_names(run.training_images(cfg))
+        return renumbered(query.labels, query.classes, own)
+    except UserError as error:
+        log.warning("what the run's own classifier gets right is left out: %s", error)
+        return None
 
 
 def _step_of(file: Path) -> int:

@@ -167,6 +167,25 @@ def _torchvision(name: str, train: bool, root: Path, download: bool) -> Any:
     return (CIFAR10 if name == "cifar10" else CIFAR100)(root, train=train, download=download)
 
 
+def class_folder(path: str | Path, option: str) -> Any:
+    """Return a folder of labelled images, a subfolder a class.
+
+    Args:
+        path: the folder.
+        option: what it was given as, for errors.
+
+    Raises:
+        UserError: it is missing or empty, or has no class subfolders.
+    """
+    folder = _existing(path, option)
+    if not _class_folders(folder) and listing(folder).pictures:
+        raise UserError(
+            f"{option}={folder} has images but no class subfolders, and kNN and probes need "
+            "labels; make one subfolder a class."
+        )
+    return _folder(folder, option, False)
+
+
 def _folder(path: str | Path, setting: str, no_labels: bool) -> Any:
     folder = _existing(path, setting)
     if no_labels:

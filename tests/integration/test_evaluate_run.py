@@ -61,3 +61,64 @@ def test_every_probe_says_its_protocol(trained):
     assert "linear_paper" not in evaluate(clean)[0]
     with pytest.raises(UserError, match="probe must be one of cosine, paper, none; got 'theirs'"):
         evaluate(clean, probe="theirs")
+
+
+def accuracy(rows):
+    return [row["knn"]["accuracy"] for row in rows]
+
+
+def test_another_folder_as_bank(trained, tmp_path, image_folder):
+    """Of other classes, sizes and forms: each is measured rightly, or refused in a sentence."""
+    run_folder = trained("+poison=random", "max_epochs=1")
+    images = tmp_path / "images"
+    own = evaluate(run_folder, probe="none")
+    assert accuracy(evaluate(run_folder, probe="none", data=images)) == accuracy(own)
+    # Larger pictures of the same classes are other images: they have no row.
+    large = image_folder("large", size=100)
+    (row,) = evaluate(run_folder, probe="none", data=large, test=images)
+    assert row["bank"] == "clean"
+    assert row["knn"]["accuracy"] > 60  # of three classes, the queries among them
+    more = image_folder("more", classes=5)
+    assert len(evaluate(run_folder, probe="none", data=more)) == 1
+    fewer = image_folder("fewer", classes=2)
+    with pytest.raises(UserError, match=r"own test images; give those of its classes with --test"):
+        evaluate(run_folder, probe="none", data=fewer)
+    rows = evaluate(run_folder, probe="none", data=fewer, test=fewer)  # a part of its own images
+    assert [row["bank"] for row in rows] == ["clean", "poisoned"]
+    flat = image_folder("flat", flat=True)
+    for given in ({"data": flat}, {"test": flat}):
+        with pytest.raises(UserError, match=r"--(data|test)=.*flat has images but no class subf"):
+            evaluate(run_folder, probe="none", **given)
+    with pytest.raises(UserError, match=r"--data=.*nowhere is not a folder"):
+        evaluate(run_folder, probe="none", data=tmp_path / "nowhere")
+
+
+def test_other_test_images_of_a_set_that_has_its_own(tmp_path, image_folder):
+    small = ["backbone.kwargs.channels=[8,8,8,8]", "max_epochs=1", "data.num_workers=0"]
+    settings = [*small, "data.dataset=photos", f"checkpoint.dir={tmp_path}", "+poison=none"]
+    run_folder = Path(run(compose("simclr", settings))["folder"])
+    images = image_folder(classes=3, per_class=4)
+    (given,) = evaluate(run_folder, probe="none", test=images)
+    (own,) = evaluate(run_folder, probe="none")
+    assert given["knn"] != own["knn"]
+    with pytest.raises(UserError, match=r"with --test DIR"):
+        evaluate(run_folder, probe="none", data=images)
+
+
+def test_a_runs_own_classifier_keeps_its_numbers(tmp_path, image_folder):
+    images = image_folder()
+    settings = [
+        *("data=custom", f"data.train_path={images}", f"data.val_path={images}", "max_epochs=1"),
+        *("data.num_workers=0", "backbone.kwargs.channels=[8,8,8,8]", "optimizer.batch_size=6"),
+        *(f"checkpoint.dir={tmp_path}", "+poison=none"),
+    ]
+    run_folder = Path(run(compose("supervised", settings))["folder"])
+    (whole,) = evaluate(run_folder, probe="none")
+    shown = []
+    for name in sorted(folder.name for folder in images.iterdir()):
+        one = tmp_path / f"only {name}"
+        one.mkdir()
+        (one / name).symlink_to(images / name)
+        (row,) = evaluate(run_folder, probe="none", data=one, test=one)
+        shown.append(row["classifier"])
+    assert sum(shown) / len(shown) == pytest.approx(whole["classifier"])
