@@ -178,6 +178,10 @@ def protect(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out what cannot be protected.")
     ] = False,
+    survive: Annotated[
+        list[str] | None,
+        typer.Option(help="jpeg, resize: craft through it, so that the perturbation lasts."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the craft.")] = 0,
     override: Annotated[
         list[str] | None,
@@ -201,6 +205,7 @@ def protect(
         rounds=rounds,
         clusters=clusters or None,
         method=method,
+        survive=tuple(survive or ()),
         seed=seed,
         overrides=tuple(override or ()),
     )

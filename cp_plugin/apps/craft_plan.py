@@ -57,6 +57,8 @@ class Settings:
     minutes: float = 20
     """For everything: reading, crafting and writing."""
     method: str = "simclr"
+    survive: tuple[str, ...] = ()
+    """What the perturbation is crafted through, so that it lasts: `jpeg`, `resize`."""
     seed: int = 0
     overrides: tuple[str, ...] = ()
     """For Hydra, such as `backbone.name=timm/convnext_atto`."""
@@ -222,6 +224,7 @@ def _configuration(
             "poison.pgd_steps=1",
             f"poison.step_size={CLUSTER_STEP if by_cluster else SAMPLE_STEP}",
             "poison.dual_branch=False",
+            f"poison.survive=[{','.join(settings.survive)}]",
         ]
     overrides = [
         *poison,

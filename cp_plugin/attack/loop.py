@@ -26,6 +26,7 @@ from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradien
 from cp_plugin.hosts.protocol import Host, LossRequest, LossRequests, answer
 from cp_plugin.hosts.running import RunningMomentum
 from cp_plugin.mirror import Mirror
+from cp_plugin.mirror.survival import survived
 from cp_plugin.util.internals import without_torch_functions
 from cp_plugin.util.seed import derived_seed
 
@@ -331,12 +332,15 @@ class Attack:
         aspects_B = None if self.aspects is None else self.aspects[gathered(batch.rows)]
         own = share()
         if own.processes == 1:
-            views: list[Tensor] = self.mirror(images, self._generator, aspects=aspects_B)
-            return views
+            return self._views_of(images, aspects_B)
         # Parameters are drawn for the images of all processes at once: an image gets the same ones
         # however many there are. Blank images stand for those of the others.
         places = own.positions(len(images))
         whole = images.new_zeros(len(images) * own.processes, *images.shape[1:])
         whole[places] = images
-        made = self.mirror(whole, self._generator, aspects=aspects_B)
-        return [view[places] for view in made]
+        return [view[places] for view in self._views_of(whole, aspects_B)]
+
+    def _views_of(self, images: Tensor, aspects_B: Tensor | None) -> list[Tensor]:
+        arrived = survived(images, self.config.survive, self._generator)
+        views: list[Tensor] = self.mirror(arrived, self._generator, aspects=aspects_B)
+        return views

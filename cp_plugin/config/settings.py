@@ -23,6 +23,7 @@ Index = Literal["flat", "ivf"]
 DuringNoise = Literal["frozen", "running"]
 Fit = Literal["crop", "cover"]
 CacheMode = Literal["auto", "true", "false"]
+SURVIVE = ("jpeg", "resize")
 RANDOM, ZERO = "random", "zero"
 """Where a perturbation starts, if not from a poison file."""
 
@@ -67,6 +68,8 @@ class AlternationConfig:
     fit: Fit = "crop"
     """`crop`: images are brought to delta's size; `cover`: delta lies on a grid over each whole
     image and is brought to the image's own size (see `cp_plugin.data.fit`)."""
+    survive: tuple[str, ...] = ()
+    """What delta is crafted through before the augmentation, so that it lasts: `jpeg`, `resize`."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0
@@ -96,6 +99,8 @@ class AlternationConfig:
         check_fraction(self.fraction)
         check_image_size(self.image_size)
         check_fit(self.fit)
+        for name in self.survive:
+            one_of("survive", name, SURVIVE)
 
     @property
     def joint(self) -> bool:
