@@ -10,7 +10,8 @@ So nothing has to be sorted, and c * dh holds no division by c. Pillow keeps hue
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +69,19 @@ def rotate_hue(images: Tensor, shift: Tensor, quantised: bool) -> Analysis:
         for channel, offset in enumerate(offsets)
     )
     for channel, height in enumerate(heights):
-        torch.addcmul(smallest, chroma, height, out=images[:, channel])
+        _put(images[:, channel], torch.addcmul, smallest, chroma, height)
     return Analysis(chroma, over_chroma, x, side, offsets, heights)
+
+
+def _put(place: Tensor, function: Callable[..., Tensor], *values: Tensor, **named: Any) -> None:
+    """Write what a function makes of values into a channel of images.
+
+    A compiler knows no `out=` that has gaps, and fuses the copy.
+    """
+    if torch.compiler.is_compiling():
+        place.copy_(function(*values, **named))
+    else:
+        function(*values, out=place, **named)
 
 
 def _shifted(twelfths: Tensor, shift: Tensor, quantised: bool) -> Tensor:
@@ -125,6 +137,6 @@ def _scatter(
     green, blue = to_largest * over_blue, to_smallest * over_blue
     to_largest.sub_(green)
     to_smallest.sub_(blue)
-    torch.add(red.add_(red_smallest), along_x, alpha=2, out=out[:, 0])
-    torch.sub(green.add_(to_smallest), along_x, out=out[:, 1])
-    torch.sub(blue.add_(to_largest), along_x, out=out[:, 2])
+    _put(out[:, 0], torch.add, red.add_(red_smallest), along_x, alpha=2)
+    _put(out[:, 1], torch.sub, green.add_(to_smallest), along_x)
+    _put(out[:, 2], torch.sub, blue.add_(to_largest), along_x)

@@ -1,0 +1,1 @@
+"""What `tests/bench/gpu.sh` carries to a bare machine and back."""
