@@ -277,7 +277,10 @@ def given(
     if config is None:
         return build(config_class, values, group)
     if not isinstance(config, config_class):
-        raise UserError(f"expected a {config_class.__name__}, got {type(config).__name__}.")
+        raise UserError(
+            f"expected a {config_class.__name__}, got {type(config).__name__}; give one, or the "
+            "settings as keywords."
+        )
     if values:
         raise UserError(
             f"{group}.{next(iter(values))} is given beside a {config_class.__name__}; give either "

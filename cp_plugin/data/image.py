@@ -123,11 +123,11 @@ def as_picture(image: Any) -> Image.Image:
             raise UserError(_too_many(image.shape[2]))
         raise UserError(
             "An image given as an array must be uint8 (H, W) or (H, W, C) with C of 1 or 3; "
-            f"got {image.dtype} {image.shape}."
+            f"got {image.dtype} {image.shape}; convert it in __getitem__, before the transform."
         )
     raise UserError(
         "Expected an image: PIL, uint8 array (H, W, C) or tensor (C, H, W); "
-        f"got {type(image).__name__}."
+        f"got {type(image).__name__}; let __getitem__ give the transform one of these."
     )
 
 
@@ -205,7 +205,8 @@ def _from_tensor(image: Tensor) -> Tensor:
     if not is_image(image):
         raise UserError(
             "An image given as a tensor must be (C, H, W) with C of 1 or 3, uint8 or floating "
-            f"point; got {image.dtype} {tuple(image.shape)}."
+            f"point; got {image.dtype} {tuple(image.shape)}; convert it in __getitem__, before the "
+            "transform."
         )
     image = image.detach().cpu().as_subclass(Tensor)
     if image.is_floating_point():
@@ -213,7 +214,8 @@ def _from_tensor(image: Tensor) -> Tensor:
         if not (low >= 0 and high <= 1):
             raise UserError(
                 "An image given as a floating point tensor must lie in [0, 1], before any "
-                f"normalising; got values from {float(low):.3g} to {float(high):.3g}."
+                f"normalising; got values from {float(low):.3g} to {float(high):.3g}; divide bytes "
+                "by 255, and normalise in the transform."
             )
         image = (image * 255).round().to(torch.uint8)
     if image.shape[0] == 1:

@@ -58,7 +58,7 @@ class Bank:
         if known is None or not bool((known >= 0).any()):
             raise UserError(
                 "kNN and linear probe need labelled images and this data set has no labels; "
-                "leave the monitor out or give labelled data."
+                "give labelled ones (a class folder a class), or leave the monitor out."
             )
         show = Canonical(view_size)
         raw = RawDataset(dataset, canonical_size or view_size)
