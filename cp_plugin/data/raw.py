@@ -218,7 +218,7 @@ class RawDataset(Dataset[Item]):
         raise UserError(
             f"{self._name} does not return what its transform makes{reason}, so the place of the "
             "views in a sample is not known; apply `self.transform` to the image and return the "
-            "result as it is."
+            "result as it is, and give a data set that keeps its samples with an empty cache."
         )
 
     def _check_kept(self, marks: Sequence[weakref.ref[Any]]) -> None:
