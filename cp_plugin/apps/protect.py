@@ -21,6 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cp_plugin.apps.craft_plan import CACHE, Plan, Settings, craft, measured_plan
+from cp_plugin.apps.protected_looks import (
+    AMPLIFIED,
+    Look,
+    centre,
+    comparable,
+    side_by_side,
+    similarity,
+)
 from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
@@ -50,7 +58,9 @@ NAMED = 20
 """Files that an error names."""
 MEASURED = 5
 """Files whose loss by compression is measured."""
-SETTINGS, PLAN = "settings.json", "plan.json"
+SHOWN = 8
+"""Pictures that are compared with their originals."""
+SETTINGS, PLAN, LOOKS = "settings.json", "plan.json", "looks.png"
 
 
 @dataclass(frozen=True)
@@ -251,6 +261,7 @@ class _Writing:
         self.in_full_colour: dict[Path, str] = {}
         self.lost: list[tuple[int, float]] = []
         """Of some JPEG files: the largest change in levels, and the part of delta that is left."""
+        self._looks: list[Look] = []
 
     def all(self, pictures: Sequence[Source]) -> Iterator[None]:
         """Write those that are not there yet; yield after each."""
@@ -273,7 +284,11 @@ class _Writing:
         delta = self._delta(canonical)
         measured = is_lossy(target) and not picture.inks and len(self.lost) < MEASURED
         before = picture.colours.astype(np.int16) if measured else None
+        shown = comparable(picture.colours) and len(self._looks) < SHOWN
+        looked = centre(picture.colours) if shown else None
         add(picture, delta, self._poison.eps)
+        if looked is not None:
+            self._looks.append(Look(looked, centre(picture.colours)))
         if picture.changed_mode is not None:
             self.in_full_colour[source.file] = f"mode {picture.changed_mode}"
         # In the work folder, since OUT never holds half a file.
@@ -301,6 +316,19 @@ class _Writing:
         Raises:
             UserError: files are left out, and they are not to be skipped.
         """
+        if self._looks:
+            place = self._work / LOOKS
+            side_by_side(self._looks, place)
+            ratio, alike = similarity(self._looks)
+            log.info(
+                "%d pictures beside their originals: PSNR %.1f dB, SSIM %.3f; originals, protected "
+                "ones and %d times the difference are in %s",
+                len(self._looks),
+                ratio,
+                alike,
+                AMPLIFIED,
+                place,
+            )
         full = "written in full colour, since few colours hold no perturbation"
         tell_left_out(self._out, self.in_full_colour, full)
         if self.lost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,23 @@ def test_nothing_but_pictures_is_published(made: Path) -> None:
     assert not [path for path in made.rglob("*") if path.name.startswith(".")]
     assert (made.with_name("out-poison") / "poison.safetensors").is_file()
     assert not (made.with_name("out-poison") / "pictures").exists()
+
+
+def test_how_it_looks_is_said_and_shown(
+    folder: Path, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Changes of at most 8 levels are at least 30 dB away, by the definition of PSNR."""
+    caplog.set_level("INFO", "cp_plugin")
+    poison = made.with_name("out-poison") / "poison.safetensors"
+    protect([next(folder.rglob("photo 0001.jpg"))], tmp_path / "one", QUICK, poison)
+    found = re.search(
+        r"1 pictures beside their originals: PSNR ([\d.]+) dB, SSIM ([\d.]+)", caplog.text
+    )
+    assert found is not None
+    assert float(found[1]) >= 30
+    assert 0 < float(found[2]) <= 1
+    with Image.open(tmp_path / "one-poison" / "looks.png") as sheet:
+        assert sheet.size == (768, 256)
 
 
 def test_same_call_again_changes_nothing(folder: Path, made: Path) -> None:
