@@ -38,25 +38,34 @@ class ImageFormat(Enum):
         return self in (ImageFormat.PILLOW, ImageFormat.BYTES)
 
 
-class Shape(NamedTuple):
-    """Shape of a batch."""
-
+class _Sizes(NamedTuple):
     batch: int
     channels: int
     height: int
     width: int
+
+
+class Shape(_Sizes):
+    """Shape of a batch, as a tuple (batch, channels, height, width)."""
+
     aspects: Tensor | None = None
     """float64 (B): width over height of the pictures that these images are, each squeezed into the
     shape of the batch; None: images as they are. Crops at random are drawn as of the pictures."""
 
+    def squeezed_from(self, aspects: Tensor | None) -> Shape:
+        """Return the same shape of pictures that had other aspects, float64 (B) or None."""
+        shape = Shape(*self)
+        shape.aspects = aspects
+        return shape
+
     def of_some(self, index: Tensor) -> Shape:
         """Return the shape of some images of the batch, int64 (b)."""
         aspects = None if self.aspects is None else self.aspects[index]
-        return self._replace(batch=len(index), aspects=aspects)
+        return Shape(len(index), *self[1:]).squeezed_from(aspects)
 
     def resized(self, height: int, width: int) -> Shape:
         """Return the same batch with other pixels."""
-        return self._replace(height=height, width=width, aspects=None)
+        return Shape(self.batch, self.channels, height, width)
 
 
 class Operation:

@@ -165,7 +165,7 @@ class RandomChoice(Operation):
         chosen = torch.multinomial(self.weights, shape.batch, replacement=True, generator=generator)
         index = [(chosen == number).nonzero()[:, 0] for number in range(len(self.options))]
         inner = [
-            option.sample(shape._replace(batch=len(part)), generator)
+            option.sample(shape.of_some(part), generator)
             for option, part in zip(self.options, index, strict=True)
         ]
         return {"index": index, "inner": inner}

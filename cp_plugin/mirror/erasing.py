@@ -35,7 +35,7 @@ class RandomErasing(Operation):
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
         """Draw `top`, `left`, `height`, `width` (B,) in pixels, 0 high where nothing happens."""
-        count, _, image_height, image_width = shape[:4]
+        count, _, image_height, image_width = shape
         area = uniform((count, ATTEMPTS), *self.scale, generator) * image_height * image_width
         low, high = torch.log(torch.tensor(self.ratio, dtype=torch.float64)).tolist()
         aspect = torch.exp(uniform((count, ATTEMPTS), low, high, generator))
@@ -52,7 +52,7 @@ class RandomErasing(Operation):
             "width": width,
         }
         if self.value is None:
-            params["noise"] = torch.randn(shape[:4], generator=generator, dtype=torch.float64)
+            params["noise"] = torch.randn(shape, generator=generator, dtype=torch.float64)
         return params
 
     def apply(self, images: Tensor, params: Params) -> Tensor:

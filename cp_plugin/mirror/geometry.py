@@ -79,9 +79,9 @@ def draw_boxes(
     generator: torch.Generator | None,
 ) -> Params:
     """Draw boxes as torchvision does: ten attempts, then the largest central one."""
-    count, _, height, width, aspects = shape
-    if aspects is not None:
-        return _boxes_in_squeezed(shape, aspects, scale, ratio, generator)
+    count, _, height, width = shape
+    if shape.aspects is not None:
+        return _boxes_in_squeezed(shape, shape.aspects, scale, ratio, generator)
     area = uniform((count, ATTEMPTS), scale[0], scale[1], generator) * height * width
     low, high = torch.log(torch.tensor(ratio, dtype=torch.float64)).tolist()
     aspect = torch.exp(uniform((count, ATTEMPTS), low, high, generator))
@@ -113,7 +113,7 @@ def _boxes_in_squeezed(
     The picture is taken to be as high as the image, and `aspects_B` times as wide as it is high.
     Its pixels may be many more than the image's, so boxes have no whole ones.
     """
-    count, _, height, width, _ = shape
+    count, _, height, width = shape
     widths_B = height * aspects_B
     area = uniform((count, ATTEMPTS), scale[0], scale[1], generator) * (height * widths_B)[:, None]
     low, high = torch.log(torch.tensor(ratio, dtype=torch.float64)).tolist()
@@ -201,7 +201,7 @@ class Resize(Operation):
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Resize."""
         _, _, height, width = images.shape
-        *_, new_height, new_width = self.output_shape(Shape(*images.shape))[:4]
+        *_, new_height, new_width = self.output_shape(Shape(*images.shape))
         if (height, width) == (new_height, new_width):
             return images
         zero = images.new_zeros(1)

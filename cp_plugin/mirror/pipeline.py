@@ -124,7 +124,7 @@ class Mirror(nn.Module):
                 f"the mirror draws on the CPU, got a generator on {generator.device}: pass "
                 "torch.Generator() without a device."
             )
-        shape = shape._replace(aspects=aspects)
+        shape = shape.squeezed_from(aspects)
         drawn = [{**view.sample(shape, generator), "batch": shape.batch} for view in self.pipelines]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         moved_params: list[Params] = moved(drawn, images.device, dtype)

@@ -69,6 +69,9 @@ def seen_by_transform(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]
         return forward
 
     with monkeypatch.context() as patch:
+        # Before training the first image is looked at once more, for its channels alone.
+        patch.setattr("cp_plugin.data.channels.channels_made", lambda *_: set())
+        patch.setattr("cp_plugin.mirror.channels.channels_made", lambda *_: set())
         for crop in (transforms.RandomResizedCrop, v2.RandomResizedCrop):  # v2 is Lightly's
             patch.setattr(crop, "forward", noting(crop.forward))
         yield seen
@@ -80,13 +83,11 @@ def seen_by_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
     own = Mirror.forward
 
-    def forward(
-        twin: Mirror, batch: Tensor, generator: torch.Generator | None = None
-    ) -> list[Tensor]:
+    def forward(twin: Mirror, batch: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
         levels = (255 * batch).round().to(torch.uint8)
         assert torch.equal(levels.float() / 255, batch)
         seen.extend([*levels] * twin.views)
-        return own(twin, batch, generator)
+        return own(twin, batch, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Mirror, "forward", forward)

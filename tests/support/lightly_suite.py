@@ -203,7 +203,9 @@ def check_untouched(case: Conformance) -> None:
     random_before = torch.get_rng_state()
 
     class Views(torch.nn.Module):
-        def forward(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+        def forward(
+            self, images: Tensor, generator: torch.Generator, aspects: Tensor | None = None
+        ) -> list[Tensor]:
             case.images = images.to(torch.get_default_dtype())
             return case.views(torch.zeros_like(case.images))
 

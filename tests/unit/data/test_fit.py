@@ -15,7 +15,7 @@ from cp_plugin import Poison
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.data import Canonical
 from cp_plugin.data.fit import at_size, in_levels, keeping_grey
-from cp_plugin.mirror import mirror
+from cp_plugin.mirror import Shape, mirror
 
 EPS = 8 / 255
 long_sides = st.one_of(st.integers(1, 64), st.integers(1, 4000))
@@ -149,3 +149,21 @@ def test_wide_pictures_get_the_largest_box_in_the_middle() -> None:
     assert float(box["height"]) == 30
     assert float(box["width"]) == pytest.approx(4)  # 30 x 40 of 30 x 300 pixels
     assert float(box["left"]) == pytest.approx(13)
+
+
+def test_a_choice_of_crops_knows_the_pictures_of_its_part() -> None:
+    crops = [transforms.RandomResizedCrop(8, part) for part in ((0.2, 0.4), (0.6, 1.0))]
+    images, aspects = torch.rand(9, 3, 16, 16), torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    (view,) = mirror(transforms.RandomChoice(crops))(
+        images, torch.Generator().manual_seed(0), aspects=aspects
+    )
+    assert view.shape == (9, 3, 8, 8)
+
+
+def test_a_shape_of_pictures_is_a_tuple_of_four_numbers() -> None:
+    """Operations of users take it apart, and draw tensors of it."""
+    shape = Shape(2, 3, 4, 5).squeezed_from(torch.ones(2, dtype=torch.float64))
+    batch, channels, height, width = shape
+    assert torch.rand(shape).shape == (batch, channels, height, width)
+    assert shape.of_some(torch.tensor([1])).aspects.tolist() == [1.0]
+    assert shape.resized(2, 2).aspects is None
