@@ -1,11 +1,8 @@
 """Every module style against every promise of the adapter."""
 
-from collections.abc import Iterator
-
 import lightning.pytorch
 import pytest
 import pytorch_lightning
-import torch
 
 from cp_plugin.config.settings import UserError
 from tests.support.lightly_modules import MODULES, Style
@@ -20,14 +17,6 @@ from tests.support.lightly_suite import (
 
 # Lightly's DINO head still calls torch's older weight_norm.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-
-
-@pytest.fixture
-def double_precision() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 every_module = pytest.mark.parametrize("style", [*MODULES, *ODD], ids=lambda style: style.name)
