@@ -191,7 +191,9 @@ class Attack:
         with torch.set_grad_enabled(self.config.joint):
             delta = self.perturbation.gather(rows_U, batch.images.device)
             if self.config.joint:
-                delta.requires_grad_().register_hook(lambda grad: self._descend(rows_U, grad))  # type: ignore[no-untyped-call]
+                delta.requires_grad_().register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: self._descend(rows_U, gradient, "model", step)
+                )
             images = poisoned(batch.images, delta[inverse_B], self.config.fit)
             return self._mirrored(images, batch, "model", step)
 
@@ -273,7 +275,7 @@ class Attack:
             if step.gradient is None and share().processes > 1:
                 step.gradient = torch.zeros_like(delta)  # the other processes wait for this one
             if step.gradient is not None:
-                self._descend(rows_U, step.gradient)
+                self._descend(rows_U, step.gradient, "noise", *at, pgd_step)
         if found:
             losses.append(torch.stack(found).mean())
 
@@ -322,9 +324,11 @@ class Attack:
         places_B = inverse[share().positions(len(batch.images))]
         return rows_U, places_B.to(batch.images.device, non_blocking=True)
 
-    def _descend(self, rows_U: Tensor, gradient: Tensor) -> None:
+    def _descend(self, rows_U: Tensor, gradient: Tensor, phase: str, *place: int) -> None:
+        """Move rows; where they do seeds the rounding, so that no state of it is kept."""
         step = self.config.step_size * self.config.eps
-        self.perturbation.descend(rows_U, summed(gradient), step)
+        seed = derived_seed(self.seed, f"rounding, {phase}", *place)
+        self.perturbation.descend(rows_U, summed(gradient), step, seed)
         self.moved = True
 
     def _mirrored(self, images: Tensor, batch: Batch, phase: str, *place: int) -> list[Tensor]:

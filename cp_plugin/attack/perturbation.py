@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cp_plugin.attack.rounding import decode, encode, is_short, stepped
 from cp_plugin.config.settings import RowType, UserError, check_eps
 
 DTYPES: dict[RowType, torch.dtype] = {
@@ -20,30 +21,6 @@ DTYPES: dict[RowType, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-INT8_LEVELS = 127
-"""A row of int8 counts in units of eps / 127."""
-
-
-def decode(rows: Tensor, eps: float) -> Tensor:
-    """Return stored rows as float32 in [-eps, eps]."""
-    if rows.dtype == torch.int8:
-        return rows.float() * (eps / INT8_LEVELS)
-    return rows.float()
-
-
-def encode(delta: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Clip float rows to [-eps, eps] and bring them to the stored type.
-
-    Rounding to the stored type never leaves the budget: float16 rows are clipped again to the
-    largest float16 number that is at most eps.
-    """
-    delta = delta.clamp(-eps, eps)
-    if dtype == torch.int8:
-        return (delta * (INT8_LEVELS / eps)).round().to(torch.int8)
-    limit = torch.tensor(eps, dtype=torch.float64).to(dtype)
-    if limit.double() > eps:
-        limit = torch.nextafter(limit, torch.zeros_like(limit))
-    return delta.to(dtype).clamp(-limit.item(), limit.item())
 
 
 class Perturbation:
@@ -153,7 +130,9 @@ class Perturbation:
         stored = _moved(encode(delta, self.eps, self.stored.dtype), home)
         self.stored[_moved(rows_U[kept], home)] = stored
 
-    def descend(self, rows_U: Tensor, gradient_UCHW: Tensor, step: float) -> None:
+    def descend(
+        self, rows_U: Tensor, gradient_UCHW: Tensor, step: float, seed: int | None = None
+    ) -> None:
         """Move the rows against the sign of the gradient and clip (He et al., 2023, eq. 4).
 
         Args:
@@ -161,13 +140,19 @@ class Perturbation:
             gradient_UCHW: gradient of the loss that is minimised, in any unit; NaN and infinities,
                 which an overflow leaves, move nothing.
             step: length of the step, in pixels.
+            seed: of the rounding of a step that is short for the stored type, see
+                `cp_plugin.attack.rounding`; None: every step goes to the nearest value.
         """
         direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
-        self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))
         home, own = self.moved.device, _moved((rows_U >= 0).nonzero().flatten(), direction.device)
-        self.moved[_moved(rows_U[rows_U >= 0], home)] |= _moved(
-            direction.flatten(1).any(1)[own], home
-        )
+        kept = _moved(rows_U[rows_U >= 0], home)
+        if seed is not None and is_short(step, self.eps, self.stored.dtype):
+            rows = _moved(self.stored[kept], direction.device)
+            made = stepped(rows, direction[own], step, self.eps, seed)
+            self.stored[kept] = _moved(made, home)
+        else:
+            self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))
+        self.moved[kept] |= _moved(direction.flatten(1).any(1)[own], home)
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

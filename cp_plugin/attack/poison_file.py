@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cp_plugin.attack.perturbation import Perturbation, decode
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.rounding import decode
 from cp_plugin.config.settings import Fit, Granularity, UserError, check_fit
 from cp_plugin.data.fit import at_size, in_levels, keeping_grey
 from cp_plugin.data.image import Size

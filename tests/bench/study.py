@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 
 from cp_plugin.apps.study.state import PLAN_FILE
 from cp_plugin.attack.loop import Schedule
-from cp_plugin.attack.perturbation import Perturbation, encode
+from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.attack.rounding import encode
 from cp_plugin.util.run_files import POISON_FILE
 from tests.bench.provenance import provenance, write
 

@@ -107,6 +107,19 @@ def test_only_the_rows_of_the_batch_move():
     assert moved.tolist() == [False, True, False, False, True, False, False, False]
 
 
+def test_steps_shorter_than_a_level_move_rows_of_int8_and_are_the_same_again():
+    def crafted(dtype):
+        attack = attack_on(step_size=0.002, dtype=dtype)
+        attack.perturbation = Perturbation.zeros(8, (3, 16, 16), EPS, dtype)
+        attack.noise_phase([batch_of(range(8))] * 5, 0)
+        return attack.perturbation.gather(torch.arange(8)) / EPS
+
+    exact, found, again = crafted("float32"), crafted("int8"), crafted("int8")
+    assert torch.equal(found, again)
+    along = float((found * exact.sign()).mean())
+    assert along == pytest.approx(float(exact.abs().mean()), rel=0.1)
+
+
 def test_a_class_row_gets_the_sum_of_its_images_gradients():
     attack = attack_on("class", count=3)
     batch = batch_of([0, 3, 7, 6])
