@@ -11,65 +11,25 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from cp_plugin.apps.craft_plan import CACHE, Plan, Settings, craft, measured_plan
-from cp_plugin.apps.protected_looks import (
-    AMPLIFIED,
-    Look,
-    centre,
-    comparable,
-    side_by_side,
-    similarity,
-)
+from cp_plugin.apps.craft_plan import Plan, Settings
+from cp_plugin.apps.protected_files import Source, Writing, tell_unprotected, writing_time
 from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.config.settings import UserError, eps_levels
-from cp_plugin.data import Canonical, image_key
-from cp_plugin.data.picture_cache import Filling, cluster_name
-from cp_plugin.data.picture_files import distinct_names, listing, tell_left_out
-from cp_plugin.data.picture_pixels import (
-    CannotProtect,
-    FileFormat,
-    add,
-    ending,
-    is_lossy,
-    read,
-    write,
-)
-from cp_plugin.engine.placement import Placement
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.picture_cache import CACHE, Filling
+from cp_plugin.data.picture_files import listing, tell_left_out
+from cp_plugin.data.picture_pixels import FileFormat
 from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
 
 LEAST = 64
 """Pictures that are enough to train a small network on."""
-NO_ROW = (
-    "the poison has no perturbation for it: it was made with --clusters 0, for its own pictures"
-)
-NAMED = 20
-"""Files that an error names."""
-MEASURED = 5
-"""Files whose loss by compression is measured."""
-SHOWN = 8
-"""Pictures that are compared with their originals."""
-SETTINGS, PLAN, LOOKS = "settings.json", "plan.json", "looks.png"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A picture to protect."""
-
-    file: Path
-    name: Path
-    """Below OUT, with the ending that the picture has."""
+SETTINGS, PLAN = "settings.json", "plan.json"
 
 
 def protect(
@@ -108,7 +68,7 @@ def protect(
             f"{poison_file} was made for images of {poison.size[0]} x {poison.size[1]} pixels, not "
             "for pictures of any size; craft it with cp-plugin protect, or with poison.fit=cover."
         )
-    writing = _Writing(out, work, poison, file_format)
+    writing = Writing(out, work, poison, file_format)
     for _ in timed("writing", writing.all(pictures), len(pictures)):
         pass
     writing.tell(skip_unreadable)
@@ -170,15 +130,18 @@ def _crafted(
     for file, reason in timed("reading", filling.fill(), len(pictures)):
         if reason is not None:
             unreadable[file] = reason
-    _tell_unprotected(unreadable, skip)
+    tell_unprotected(unreadable, skip)
     left = len(pictures) - len(unreadable)
     if left < LEAST:
         raise UserError(f"only {left} of the pictures can be read, and {LEAST} are needed.")
+    # Heavy: a poison that is there already needs neither Lightning nor Hydra.
+    from cp_plugin.apps.planned_craft import craft, measured_plan
+
     place = work / PLAN
     if place.is_file():
         plan = Plan(**json.loads(place.read_text(encoding="utf8")))
     else:
-        writing = _writing_time(pictures, work, settings, unreadable)
+        writing = writing_time(pictures, work, settings, unreadable)
         so_far = time.perf_counter() - started
         plan = measured_plan(work, settings, left, so_far, writing)
         _written_whole(place, json.dumps(asdict(plan)))
@@ -212,140 +175,3 @@ def _written_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf8")
     partial.replace(path)
-
-
-def _tell_unprotected(files: dict[Path, str], skip: bool) -> None:
-    """Name the files that cannot be protected.
-
-    Raises:
-        UserError: there are some, and they are not to be skipped.
-    """
-    if not files:
-        return
-    named = [f"{file} ({reason})" for file, reason in list(files.items())[:NAMED]]
-    text = "; ".join(named) + ("; …" if len(files) > NAMED else "")
-    if not skip:
-        raise UserError(
-            f"{len(files)} files cannot be protected: {text}. Mend or remove them, or leave them "
-            "out with --skip-unreadable."
-        )
-    log.warning("%d files are left out: %s", len(files), text)
-
-
-def _writing_time(
-    pictures: list[Source], work: Path, settings: Settings, unreadable: dict[Path, str]
-) -> float:
-    """Return how long it takes to write all pictures, in seconds, from a few of them."""
-    readable = [source for source in pictures if source.file not in unreadable]
-    some = [readable[int(n)] for n in np.linspace(0, len(readable) - 1, 3).round()]
-    began = time.perf_counter()
-    for source in some:
-        picture, canonical = read(source.file, Canonical(settings.size, "cover"))
-        add(picture, canonical.float() / 255 * settings.eps, settings.eps)
-        partial = work / f"partial{ending(source.file, 'png')}"
-        write(picture, partial)
-        partial.unlink()
-    return (time.perf_counter() - began) * len(readable) / len(some)
-
-
-class _Writing:
-    """Writes protected pictures, each whole or not at all."""
-
-    def __init__(self, out: Path, work: Path, poison: Poison, file_format: FileFormat) -> None:
-        self._out, self._work, self._poison, self._format = out, work, poison, file_format
-        self._canonical = Canonical(poison.size, poison.fit)
-        self._placement = Placement.of(poison)
-        self.written = 0
-        self.unprotected: dict[Path, str] = {}
-        """Files that are not in OUT, and why."""
-        self.in_full_colour: dict[Path, str] = {}
-        self.lost: list[tuple[int, float]] = []
-        """Of some JPEG files: the largest change in levels, and the part of delta that is left."""
-        self._looks: list[Look] = []
-
-    def all(self, pictures: Sequence[Source]) -> Iterator[None]:
-        """Write those that are not there yet; yield after each."""
-        self._work.mkdir(parents=True, exist_ok=True)
-        endings = [ending(source.file, self._format) for source in pictures]
-        names = distinct_names([source.name for source in pictures], endings)
-        for source, name in zip(pictures, names, strict=True):
-            if (self._out / name).exists():
-                self.written += 1
-            else:
-                try:
-                    self._one(source, self._out / name)
-                    self.written += 1
-                except CannotProtect as error:
-                    self.unprotected[source.file] = str(error)
-            yield
-
-    def _one(self, source: Source, target: Path) -> None:
-        picture, canonical = read(source.file, self._canonical)
-        delta = self._delta(canonical)
-        measured = is_lossy(target) and not picture.inks and len(self.lost) < MEASURED
-        before = picture.colours.astype(np.int16) if measured else None
-        shown = comparable(picture.colours) and len(self._looks) < SHOWN
-        looked = centre(picture.colours) if shown else None
-        add(picture, delta, self._poison.eps)
-        if looked is not None:
-            self._looks.append(Look(looked, centre(picture.colours)))
-        if picture.changed_mode is not None:
-            self.in_full_colour[source.file] = f"mode {picture.changed_mode}"
-        # In the work folder, since OUT never holds half a file.
-        partial = self._work / f"partial{target.suffix}"
-        write(picture, partial)
-        if before is not None:
-            meant, after = picture.colours - before, read(partial, self._canonical)[0].colours
-            self.lost.append(_what_is_left(meant, after - before))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(target)
-
-    def _delta(self, canonical: Tensor) -> Tensor:
-        if self._placement is None:
-            rows = self._poison.rows(keys=[image_key(canonical)])
-        else:
-            number = int(self._placement.clusters(canonical[None])[0])
-            rows = self._poison.rows(classes=[cluster_name(number)])
-        if int(rows[0]) < 0:
-            raise CannotProtect(NO_ROW)
-        return self._poison.perturbation.gather(rows)[0]
-
-    def tell(self, skip: bool) -> None:
-        """Say what was left out, changed or lost.
-
-        Raises:
-            UserError: files are left out, and they are not to be skipped.
-        """
-        if self._looks:
-            place = self._work / LOOKS
-            side_by_side(self._looks, place)
-            ratio, alike = similarity(self._looks)
-            log.info(
-                "%d pictures beside their originals: PSNR %.1f dB, SSIM %.3f; originals, protected "
-                "ones and %d times the difference are in %s",
-                len(self._looks),
-                ratio,
-                alike,
-                AMPLIFIED,
-                place,
-            )
-        full = "written in full colour, since few colours hold no perturbation"
-        tell_left_out(self._out, self.in_full_colour, full)
-        if self.lost:
-            worst, left = max(off for off, _ in self.lost), np.mean([part for _, part in self.lost])
-            log.warning(
-                "JPEG is lossy: of %d files measured, pixels are off by up to %d levels (the "
-                "budget is %d), and %.0f %% of the perturbation is left; PNG keeps both",
-                len(self.lost),
-                worst,
-                eps_levels(self._poison.eps),
-                100 * left,
-            )
-        _tell_unprotected(self.unprotected, skip)
-
-
-def _what_is_left(meant: NDArray[Any], found: NDArray[Any]) -> tuple[int, float]:
-    """Return the largest change, and how much of what was meant is in it."""
-    wanted, got = meant.astype(np.float64), found.astype(np.float64)
-    left = (wanted * got).sum() / max((wanted * wanted).sum(), 1e-9)
-    return int(np.abs(found).max()), float(left)

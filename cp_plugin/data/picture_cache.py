@@ -16,9 +16,12 @@ from torch.utils.data import Dataset
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.image import Canonical
 from cp_plugin.data.picture_pixels import CannotProtect, read
+from cp_plugin.util.threads import in_threads
 
 IMAGES, ASPECTS, CLUSTERS = "images.npy", "aspects.npy", "clusters.npy"
 FILES = "files.json"
+CACHE = "pictures"
+"""The folder of a cache beside a poison."""
 
 
 class PictureCache(Dataset[tuple[Any, int]]):
@@ -131,21 +134,23 @@ class Filling:
             )
 
     def fill(self) -> Iterator[tuple[Path, str | None]]:
-        """Read every picture that is not there yet; yield it, and why it cannot be read."""
+        """Read pictures that are not there yet; yield each, and why it cannot be read."""
         images = np.lib.format.open_memmap(self._folder / IMAGES, "r+")
         aspects = np.lib.format.open_memmap(self._folder / ASPECTS, "r+")
-        for row, file in enumerate(self.files):
-            reason = None
-            if not aspects[row]:
-                try:
-                    picture, canonical = read(file, self._canonical)
-                except CannotProtect as error:
-                    reason = str(error)
-                else:
-                    images[row] = canonical.numpy()
-                    height, width = picture.size
-                    aspects[row] = width / height
-            yield file, reason
+
+        def fill_row(row: int) -> str | None:
+            if aspects[row]:
+                return None
+            try:
+                picture, canonical = read(self.files[row], self._canonical)
+            except CannotProtect as error:
+                return str(error)
+            images[row] = canonical.numpy()
+            height, width = picture.size
+            aspects[row] = width / height
+            return None
+
+        yield from zip(self.files, in_threads(fill_row, range(len(self.files))), strict=True)
         images.flush()
         aspects.flush()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,10 @@ ORIENTATION = 0x0112
 TIFF_BITS = 258
 JPEG_QUALITY = 95
 PNG_EFFORT = 1
-"""zlib's level: noise shrinks little, and a large picture takes seconds longer at higher ones."""
+"""zlib's level: noise shrinks little, and a large picture takes seconds longer at higher ones.
+
+Only runs are looked for: what else repeats in noise is chance, and costs more than it saves.
+"""
 KEPT_FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP", "TIFF": "TIFF"}
 """Pillow's names of formats that `same` keeps, and what they are written as."""
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -162,7 +166,7 @@ def write(picture: Picture, path: Path) -> None:
         return
     image = _image(picture)
     options: dict[str, dict[str, Any]] = {
-        "PNG": {"compress_level": PNG_EFFORT},
+        "PNG": {"compress_level": PNG_EFFORT, "compress_type": zlib.Z_RLE},
         "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True, "quality": 30},
         "TIFF": {"compression": "tiff_adobe_deflate"},

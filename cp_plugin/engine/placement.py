@@ -10,22 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.config.settings import UserError
 from cp_plugin.data import Canonical
 from cp_plugin.engine.backbones import surrogate
-from cp_plugin.engine.pipeline import normalisation
-from cp_plugin.engine.settings import plain
 from cp_plugin.evaluation.metrics import features
 
 SPEC, CENTRES, WEIGHTS = "placement", "placement.centres", "placement.encoder."
-ITERATIONS = 30
 
 
 @dataclass(frozen=True)
@@ -38,54 +32,6 @@ class Placement:
     """float32 (K, D), of length 1."""
     spec: Mapping[str, Any]
     """What the encoder is built of: `name`, `side`, `arguments`, `mean`, `std`."""
-
-    @classmethod
-    def fitted(
-        cls, encoder: nn.Module, cfg: DictConfig, images: Any, clusters: int, seed: int
-    ) -> tuple[Placement, Tensor]:
-        """Group images by k-means on the directions of their features.
-
-        Args:
-            encoder: the backbone of a trained method.
-            cfg: its configuration.
-            images: a map-style data set of uint8 images (3, H, W).
-            clusters: K.
-            seed: of k-means.
-
-        Returns:
-            The placement, and the cluster of each image, int64 (N).
-
-        Raises:
-            UserError: there are fewer images than clusters.
-        """
-        if len(images) < clusters:
-            raise UserError(
-                f"{len(images)} pictures cannot be put into {clusters} clusters; give fewer "
-                "--clusters."
-            )
-        node = cfg.augmentations[0]
-        mean, std = normalisation(cfg.data.dataset, node)
-        spec = {
-            "name": cfg.backbone.name,
-            "side": int(node.crop_size),
-            "arguments": {"whiten": cfg.backbone.get("whiten"), **plain(cfg.backbone.kwargs)},
-            "mean": list(mean),
-            "std": list(std),
-        }
-        unfitted = cls(encoder.eval(), torch.empty(0), spec)
-        found = unfitted.features(images).numpy()
-        # Clusters of few images are as welcome as others: faiss would warn of them.
-        means = faiss.Kmeans(
-            found.shape[1],
-            clusters,
-            niter=ITERATIONS,
-            seed=seed,
-            spherical=True,
-            min_points_per_centroid=1,
-        )
-        means.train(found)
-        made = cls(encoder, torch.from_numpy(means.centroids), spec)
-        return made, made._nearest(torch.from_numpy(found))
 
     @classmethod
     def of(cls, poison: Poison) -> Placement | None:
@@ -114,7 +60,7 @@ class Placement:
 
     def clusters(self, images: Any) -> Tensor:
         """Return the cluster of each image, int64 (N); the arguments are those of `features`."""
-        return self._nearest(self.features(images))
+        return self.nearest(self.features(images))
 
     def features(self, images: Any) -> Tensor:
         """Return the directions of images' features, float32 (N, D).
@@ -133,7 +79,8 @@ class Placement:
         found = features(self.encoder, _Shown(images, side), normalized)
         return functional.normalize(found)
 
-    def _nearest(self, features_ND: Tensor) -> Tensor:
+    def nearest(self, features_ND: Tensor) -> Tensor:
+        """Return the cluster of each row of `features`, int64 (N)."""
         return (features_ND @ self.centres.T).argmax(1)
 
 

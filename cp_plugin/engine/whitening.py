@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from cp_plugin.data import RawDataset
 from cp_plugin.data.canonical import canonical_size
-from cp_plugin.mirror import Mirror
+
+if TYPE_CHECKING:  # an encoder that is fitted already needs no augmentations
+    from cp_plugin.mirror import Mirror
 
 PATCHES = (2, 3)
 """Sides in pixels of the patches that can be whitened."""

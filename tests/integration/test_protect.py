@@ -269,6 +269,24 @@ def test_pictures_taken_later_get_the_perturbation_of_their_cluster(
     assert (tmp_path / "out" / "known.png").read_bytes() == before.read_bytes()
 
 
+def test_what_is_there_already_needs_nothing_that_trains(
+    folder: Path, by_cluster: Path, tmp_path: Path
+) -> None:
+    """What trains a network takes longer to import than a hundred pictures take to write."""
+    poison = by_cluster.with_name("clustered-poison") / "poison.safetensors"
+    one = next(folder.rglob("photo 0003.png"))
+    call = ["cp-plugin", "protect", str(one), str(tmp_path / "out"), "--with", str(poison)]
+    heavy = ("lightning", "pytorch_lightning", "lightly", "hydra", "faiss", "numba", "matplotlib")
+    program = (
+        f"import sys; sys.argv = {call!r}\n"
+        "from cp_plugin.apps.cli import main\n"
+        "try:\n    main()\n"
+        f"finally:\n    print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout == f"1 protected pictures in {tmp_path / 'out'}\n[]\n", ran.stderr
+
+
 def test_a_poison_of_single_pictures_is_not_for_others(made: Path, tmp_path: Path) -> None:
     write_mixed(tmp_path / "in", 2, side=60)
     poison = made.with_name("out-poison") / "poison.safetensors"

@@ -99,7 +99,10 @@ IMPORTS = [
         (name, ("torch", "faiss", "timm", "lightning", "lightly", "matplotlib"))
         for name in ("cp_plugin", "hydra_plugins.cp_plugin", "cp_plugin.apps.cli")
     ],
-    ("cp_plugin.loop", ("lightning", "pytorch_lightning", "hydra", "lightly")),
+    *[
+        (name, ("lightning", "pytorch_lightning", "hydra", "lightly"))
+        for name in ("cp_plugin.loop", "cp_plugin.apps.protect")
+    ],
 ]
 
 
