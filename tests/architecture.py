@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def modules(root: Path = ROOT, package: str = PACKAGE) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a module."""
+    return ast.parse(path.read_text(encoding="utf8"))
+
+
 def module_graph(root: Path = ROOT, package: str = PACKAGE) -> Graph:
     """Return which module imports which, an edge an import statement that runs.
 
@@ -39,7 +46,7 @@ def module_graph(root: Path = ROOT, package: str = PACKAGE) -> Graph:
     graph = Graph()
     graph.add_nodes_from(known)
     for name, path in known.items():
-        tree = ast.parse(path.read_text(encoding="utf8"))
+        tree = parsed(path)
         graph.add_edges_from((name, other) for other in _imported(tree, known) if other != name)
     return graph
 
@@ -85,7 +92,7 @@ def private_uses(root: Path = ROOT) -> list[tuple[str, int, str]]:
     anything but `self`, `cls`, and what the package defines itself.
     """
     known = modules(root)
-    trees = {name: ast.parse(path.read_text(encoding="utf8")) for name, path in known.items()}
+    trees = {name: parsed(path) for name, path in known.items()}
     own = {name for tree in trees.values() for name in _defined(tree)}
     found = []
     for name, tree in trees.items():
@@ -103,7 +110,7 @@ def assigned_in_libraries(root: Path = ROOT) -> list[tuple[str, int, str]]:
     """
     found = []
     for name, path in modules(root).items():
-        tree = ast.parse(path.read_text(encoding="utf8"))
+        tree = parsed(path)
         theirs = {
             (alias.asname or alias.name).partition(".")[0]
             for node in ast.walk(tree)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from cp_plugin.config.settings import (
@@ -11,7 +11,7 @@ from cp_plugin.config.settings import (
     AlternationConfig,
     Fit,
     Granularity,
-    RowType,
+    OptimisedConfig,
     Steps,
     UserError,
     at_least_one,
@@ -115,50 +115,15 @@ class ErrorMinConfig(AlternationConfig):
 
 
 @dataclass(frozen=True)
-class TapConfig:
+class TapConfig(OptimisedConfig):
     """Adversarial poisoning (Fowl et al., "Adversarial Examples Make Strong Poisons", 2021)."""
 
-    eps: float = 8 / 255
-    """Largest change of a pixel, in [0, 1]."""
-    targeted: bool = True
-    """Towards the next class (the paper's stronger attack) instead of away from the image's own."""
     pgd_steps: int = 250
     """T: sign-gradient steps on every image, on the trained surrogate."""
-    step_size: float = 0.1
-    """Length of one sign-gradient step, in units of eps."""
-    image_size: int | None = None
-    """Side of delta in pixels. None: the images' own size, where they have one."""
-    fit: Fit = "crop"
-    """`cover`: delta lies on a grid over each whole image (see `cp_plugin.data.fit`)."""
-    dtype: RowType = "float16"
-    """How rows are stored."""
-    fraction: float = 1.0
-    """Part of the images that is poisoned, class-balanced."""
-    seed: int | None = None
-    """None: the run's seed."""
-    dir: str | None = None
-    """Where `poison.safetensors` goes. None: the run's folder."""
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
-        self.alternation()
+    targeted: bool = True
+    """Towards the next class (the paper's stronger attack) instead of away from the image's own."""
 
     def alternation(self) -> AlternationConfig:
         """Return one round: a surrogate trained to its end on clean images, then T steps."""
-        return AlternationConfig(
-            eps=self.eps,
-            rounds=1,
-            pgd_steps=self.pgd_steps,
-            step_size=self.step_size,
-            init=ZERO,
-            image_size=self.image_size,
-            fit=self.fit,
-            dtype=self.dtype,
-            fraction=self.fraction,
-            seed=self.seed,
-            dir=self.dir,
-        )
+        shared = {field.name: getattr(self, field.name) for field in fields(OptimisedConfig)}
+        return AlternationConfig(rounds=1, init=ZERO, **shared)

@@ -39,37 +39,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class AlternationConfig:
-    """A poison and its surrogate made in turns: M steps of the model, then N batches of noise."""
+class OptimisedConfig:
+    """What every poison has that is optimised by sign-gradient steps."""
 
     eps: float = 8 / 255
     """Largest change of a pixel, in [0, 1]; `"8/255"` is understood."""
-    granularity: Granularity = "sample"
-    """`sample`: one delta an image; `class`: one delta a class (needs labels)."""
-    rounds: int = 200
-    """Alternations of model and noise phase; the host's epochs may end them sooner."""
-    restarts: int = 0
-    """How often the perturbation is handed on to a new surrogate, which has the first one's initial
-    weights, an optimizer of its own and `rounds` rounds of its own. The host's epochs hold for each
-    surrogate."""
-    model_steps: Steps = EPOCH
-    """M: optimiser steps of the surrogate a round, or `epoch`."""
-    noise_steps: Steps = EPOCH
-    """N: batches on which delta is optimised a round, or `epoch`."""
     pgd_steps: int = 5
-    """T: sign-gradient steps on each of these batches."""
+    """T: sign-gradient steps on each batch."""
     step_size: float = 0.1
     """Length of one sign-gradient step, in units of eps."""
-    init: str = RANDOM
-    """`random` (uniform in [-eps, eps]), `zero`, or the path of a poison file to start from."""
     image_size: int | None = None
     """Side of delta in pixels; images of other sizes are resized and centre-cropped first.
     None: the images' own size, where they have one (see `cp_plugin.data.canonical`)."""
     fit: Fit = "crop"
     """`crop`: images are brought to delta's size; `cover`: delta lies on a grid over each whole
     image and is brought to the image's own size (see `cp_plugin.data.fit`)."""
-    survive: tuple[str, ...] = ()
-    """What delta is crafted through before the augmentation, so that it lasts: `jpeg`, `resize`."""
     dtype: RowType = "float16"
     """How rows are stored."""
     fraction: float = 1.0
@@ -86,19 +70,49 @@ class AlternationConfig:
             UserError: a value is out of its range.
         """
         check_eps(self.eps)
-        one_of("granularity", self.granularity, get_args(Granularity))
+        at_least_one("pgd_steps", self.pgd_steps)
+        check_step_size(self.step_size)
+        check_image_size(self.image_size)
+        check_fit(self.fit)
         one_of("dtype", self.dtype, get_args(RowType))
-        for name in ("rounds", "pgd_steps"):
-            at_least_one(name, getattr(self, name))
+        check_fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class AlternationConfig(OptimisedConfig):
+    """A poison and its surrogate made in turns: M steps of the model, then N batches of noise."""
+
+    granularity: Granularity = "sample"
+    """`sample`: one delta an image; `class`: one delta a class (needs labels)."""
+    rounds: int = 200
+    """Alternations of model and noise phase; the host's epochs may end them sooner."""
+    restarts: int = 0
+    """How often the perturbation is handed on to a new surrogate, which has the first one's initial
+    weights, an optimizer of its own and `rounds` rounds of its own. The host's epochs hold for each
+    surrogate."""
+    model_steps: Steps = EPOCH
+    """M: optimiser steps of the surrogate a round, or `epoch`."""
+    noise_steps: Steps = EPOCH
+    """N: batches on which delta is optimised a round, or `epoch`; T steps on each."""
+    init: str = RANDOM
+    """`random` (uniform in [-eps, eps]), `zero`, or the path of a poison file to start from."""
+    survive: tuple[str, ...] = ()
+    """What delta is crafted through before the augmentation, so that it lasts: `jpeg`, `resize`."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        one_of("granularity", self.granularity, get_args(Granularity))
+        at_least_one("rounds", self.rounds)
         for name in ("model_steps", "noise_steps"):
             if getattr(self, name) != EPOCH:
                 at_least_one(name, getattr(self, name), " or `epoch`")
         if not isinstance(self.restarts, int) or self.restarts < 0:
             raise UserError(f"poison.restarts must be 0 or more, got {self.restarts!r}.")
-        check_step_size(self.step_size)
-        check_fraction(self.fraction)
-        check_image_size(self.image_size)
-        check_fit(self.fit)
         for name in self.survive:
             one_of("survive", name, SURVIVE)
 

@@ -61,7 +61,7 @@ def functions() -> list[tuple[str, int]]:
     """Return every function of the package and its lines without the docstring."""
     found = []
     for module, path in architecture.modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        for node in ast.walk(architecture.parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 start = body[0].lineno if body else node.lineno

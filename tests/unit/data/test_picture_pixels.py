@@ -98,9 +98,15 @@ def test_inks_keep_the_bound_in_rgb(mixed: dict[str, Path], tmp_path: Path) -> N
     assert 0 < np.abs(before - after).max() <= 8
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("broken")
+    write_broken(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_files_that_cannot_be_protected_say_why(tmp_path: Path, name: str) -> None:
-    write_broken(tmp_path)
+def test_files_that_cannot_be_protected_say_why(broken: Path, name: str) -> None:
     reasons = {"giant.png": "too large", "moving.gif": "2 frames"}
     with pytest.raises(CannotProtect, match=reasons.get(name, "unreadable")):
-        read(tmp_path / name, GRID)
+        read(broken / name, GRID)
