@@ -1,13 +1,18 @@
-"""How much memory is left on the machine, or in the container that the process runs in."""
+"""How much memory is left for the process, and whether it keeps what it frees."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`, by their numbers in malloc.h."""
+KEPT_BYTES = 1 << 30
 
 
 def available_bytes() -> int:
@@ -22,6 +27,21 @@ def available_bytes() -> int:
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return min(found, _left_in_group())
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep the memory of freed tensors for the next ones, up to 1 GiB.
+
+    glibc gives blocks of a few megabytes back to the kernel as soon as they are freed, and every
+    training step on a processor pays for having them mapped and zeroed anew: about a tenth of the
+    time of a small network. Only for a process of one's own; other allocators are left alone.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _left_in_group() -> int:
