@@ -187,6 +187,10 @@ def protect(
         list[str] | None,
         typer.Option("--set", help="A setting of the craft, as backbone.name=timm/convnext_atto."),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Then train two small networks to see what it does.")
+    ] = False,
+    check_minutes: Annotated[float, typer.Option(help="For --check, beyond --minutes.")] = 10,
 ) -> None:
     """Protect pictures: IN… OUT, the same tree and sizes, each pixel changed by at most eps.
 
@@ -211,8 +215,49 @@ def protect(
     )
     *sources, out = paths
     file_format: Any = format
+    if check:
+        _check_enough(sources, out)
     count = run_protect(sources, out, settings, with_, file_format, skip_unreadable)
     print(f"{count} protected pictures in {out}")
+    if check:
+        _check_protected(sources, out, settings, with_, file_format, check_minutes)
+
+
+def _check_enough(sources: list[Path], out: Path) -> None:
+    """Check, before hours of crafting, that there are pictures enough to learn something from."""
+    from cp_plugin.apps.checked_pictures import check_enough
+    from cp_plugin.apps.protected_sources import sources_of
+
+    check_enough(len(sources_of(sources, out)))
+
+
+def _check_protected(
+    sources: list[Path],
+    out: Path,
+    settings: Any,
+    poison: Path | None,
+    file_format: Any,
+    minutes: float,
+) -> None:
+    from cp_plugin.apps.checked_pictures import Split
+    from cp_plugin.apps.protect import work_folder
+    from cp_plugin.apps.protect_check import CHECK, sentence
+    from cp_plugin.apps.protect_check import check as run_check
+    from cp_plugin.apps.protected_sources import sources_of
+    from cp_plugin.attack.poison_file import Poison
+    from cp_plugin.util.run_files import POISON_FILE
+
+    work = work_folder(out)
+    split = Split.of(sources_of(sources, out), out, file_format)
+    found = run_check(split, work, settings, Poison.load(poison or work / POISON_FILE), minutes)
+    table = Table("trained on", "bank", "kNN", "linear probe")
+    for row in found["rows"]:
+        table.add_row(
+            row["trained_on"], row["bank"], f"{row['knn']:.1f} %", f"{row['linear']:.1f} %"
+        )
+    Console().print(table)
+    print(sentence(found))
+    print(f"all figures: {work / CHECK}.json")
 
 
 def _number(text: str, name: str) -> float:

@@ -42,7 +42,7 @@ class Plan:
     seconds_a_step: float | None
     """None: not measured, since the rounds were given."""
     other_seconds: float
-    """For reading and writing the pictures."""
+    """To start, and to read and write the pictures."""
 
     @property
     def encoder_rounds(self) -> int:
@@ -74,5 +74,5 @@ class Plan:
         whole = (self.seconds + self.other_seconds) / 60
         return (
             f"planned: {text}, {self.seconds_a_step:.2f} s a step, and {self.other_seconds:.0f} s "
-            f"to read and write them: {whole:.1f} minutes in all"
+            f"to start and to read and write them: {whole:.1f} minutes in all"
         )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -59,15 +60,14 @@ def measured_plan(
     if settings.rounds is not None:
         return Plan(settings.rounds, pictures, None, so_far + writing)
     trial = Plan(MEASURED_STEPS, pictures, None, so_far + writing)
-    watch = Stopwatch(steps=MEASURED_STEPS)
-    folder = work / MEASURE
-    shutil.rmtree(folder, ignore_errors=True)
-    trial_settings = replace(settings, clusters=None)
-    pretrain(_configuration(work, folder, trial_settings, trial, MEASURED_STEPS), [watch])
-    shutil.rmtree(folder)
-    other = so_far + writing
-    left = 60 * settings.minutes - other - (watch.times[-1] - watch.times[0])
-    an_epoch = watch.seconds_a_step * trial.steps
+    folder, trial_settings = work / MEASURE, replace(settings, clusters=None)
+    cache, poison = work / CACHE, _crafting(trial_settings, MEASURED_STEPS)
+    cfg = configuration(cache, folder, trial_settings, trial.batch, MEASURED_STEPS, poison)
+    a_step, start, taken = measured(cfg, folder)
+    runs = 1 if settings.clusters is None else 2
+    other = so_far + writing + runs * start
+    left = 60 * settings.minutes - other - taken
+    an_epoch = a_step * trial.steps
     rounds = int(left / an_epoch)
     if rounds < 1:
         needed = (60 * settings.minutes - left + an_epoch) / 60
@@ -75,7 +75,37 @@ def measured_plan(
             f"{settings.minutes:g} minutes are too few for {pictures} pictures, which take "
             f"{needed:.1f} at least; give more --minutes, or fewer pictures."
         )
-    return Plan(rounds, pictures, watch.seconds_a_step, other)
+    return Plan(rounds, pictures, a_step, other)
+
+
+class Measured(NamedTuple):
+    """Seconds that a run takes."""
+
+    a_step: float
+    start: float
+    """For all but the steps."""
+    whole: float
+
+
+def measured(cfg: DictConfig, folder: Path) -> Measured:
+    """Time a few steps of a run; nothing of it stays.
+
+    Args:
+        cfg: of the run, of `MEASURED_STEPS` steps at least.
+        folder: where it works.
+    """
+    log.info("measuring %d steps of training, to plan how many there is time for", MEASURED_STEPS)
+    shutil.rmtree(folder, ignore_errors=True)
+    watch = Stopwatch(steps=MEASURED_STEPS)
+    began, before = time.perf_counter(), log.level
+    log.setLevel(logging.ERROR)  # what is said of a run would be taken for that of the craft
+    try:
+        pretrain(cfg, [watch])
+    finally:
+        log.setLevel(before)
+    shutil.rmtree(folder)
+    whole = time.perf_counter() - began
+    return Measured(watch.seconds_a_step, whole - (watch.times[-1] - watch.times[0]), whole)
 
 
 def craft(work: Path, settings: Settings, plan: Plan) -> Path:
@@ -93,25 +123,27 @@ def craft(work: Path, settings: Settings, plan: Plan) -> Path:
         placement = _clustered(work, settings, plan)
         rounds = max(1, rounds - plan.encoder_rounds)
         limit = None if limit is None else max(1.0, limit - (time.perf_counter() - began))
-    cfg = _configuration(work, work / RUN, settings, plan, rounds)
-    made = Path(_trained(cfg, seconds=limit)) / POISON_FILE
+    poison = _crafting(settings, rounds)
+    cfg = configuration(work / CACHE, work / RUN, settings, plan.batch, rounds, poison)
+    made = trained(cfg, seconds=limit) / POISON_FILE
     if placement is None:
         return made
-    poison = Poison.load(made)
-    whole = replace(poison, info={**poison.info, **placement.info()}, attached=placement.tensors())
+    bare = Poison.load(made)
+    whole = replace(bare, info={**bare.info, **placement.info()}, attached=placement.tensors())
     made.with_name(WHOLE).unlink(missing_ok=True)
     return whole.save(made.with_name(WHOLE))
 
 
 def _clustered(work: Path, settings: Settings, plan: Plan) -> Placement:
     """Train an encoder on the pictures, and put them into clusters of its features."""
-    cfg = _configuration(work, work / ENCODER, settings, plan, plan.encoder_rounds, CLEAN)
-    folder = _trained(cfg)
-    host, _, trained = run_in(folder).trained(folder)
+    rounds = plan.encoder_rounds
+    cfg = configuration(work / CACHE, work / ENCODER, settings, plan.batch, rounds, CLEAN)
+    folder = trained(cfg)
+    host, _, cfg = run_in(folder).trained(folder)
     cache = PictureCache(work / CACHE)
     assert settings.clusters is not None
     placement, clusters = clustered(
-        host.encoder(), trained, Pixels(cache), settings.clusters, settings.seed
+        host.encoder(), cfg, Pixels(cache), settings.clusters, settings.seed
     )
     cache.put_into_clusters(clusters)
     sizes = torch.bincount(clusters, minlength=settings.clusters).tolist()
@@ -119,43 +151,56 @@ def _clustered(work: Path, settings: Settings, plan: Plan) -> Placement:
     return placement
 
 
-def _trained(cfg: DictConfig, seconds: float | None = None) -> Path:
-    """Run a configuration; return its folder."""
+def trained(cfg: DictConfig, seconds: float | None = None) -> Path:
+    """Run a configuration, for so many seconds at most; return its folder."""
     return Path(pretrain(cfg, [Stopwatch(seconds)])["folder"])
 
 
-def _configuration(
-    work: Path,
+def _crafting(settings: Settings, rounds: int) -> list[str]:
+    """Return the overrides that craft a poison."""
+    by_cluster = settings.clusters is not None
+    return [
+        "+poison=cp",
+        f"poison.granularity={'class' if by_cluster else 'sample'}",
+        f"poison.eps={settings.eps!r}",
+        f"poison.image_size={settings.size}",
+        "poison.fit=cover",
+        f"poison.rounds={rounds}",
+        "poison.schedule=joint",
+        "poison.pgd_steps=1",
+        f"poison.step_size={CLUSTER_STEP if by_cluster else SAMPLE_STEP}",
+        "poison.dual_branch=False",
+        f"poison.survive=[{','.join(settings.survive)}]",
+    ]
+
+
+def configuration(
+    cache: Path,
     folder: Path,
     settings: Settings,
-    plan: Plan,
+    batch: int,
     rounds: int,
-    poison: Sequence[str] | None = None,
+    poison: Sequence[str] = CLEAN,
 ) -> DictConfig:
-    if poison is None:
-        by_cluster = settings.clusters is not None
-        poison = [
-            "+poison=cp",
-            f"poison.granularity={'class' if by_cluster else 'sample'}",
-            f"poison.eps={settings.eps!r}",
-            f"poison.image_size={settings.size}",
-            "poison.fit=cover",
-            f"poison.rounds={rounds}",
-            "poison.schedule=joint",
-            "poison.pgd_steps=1",
-            f"poison.step_size={CLUSTER_STEP if by_cluster else SAMPLE_STEP}",
-            "poison.dual_branch=False",
-            f"poison.survive=[{','.join(settings.survive)}]",
-        ]
+    """Return the configuration of a run on prepared pictures.
+
+    Args:
+        cache: the prepared pictures.
+        folder: for the run.
+        settings: method, seed and overrides are read from it.
+        batch: pictures a step.
+        rounds: epochs.
+        poison: overrides that choose what is crafted or added; by default nothing.
+    """
     overrides = [
         *poison,
         f"data.dataset={CACHED}",
-        f"data.train_path={quoted(work / CACHE)}",
+        f"data.train_path={quoted(cache)}",
         "data.num_workers=0",
         "augmentations=cifar_paper",
         f"augmentations.0.crop_size={VIEW}",
         f"max_epochs={rounds}",
-        f"optimizer.batch_size={plan.batch}",
+        f"optimizer.batch_size={batch}",
         "optimizer.name=adamw",
         "optimizer.lr=4e-3",
         "precision=16-mixed",

@@ -16,19 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cp_plugin.apps.craft_plan import Plan, Settings
-from cp_plugin.apps.protected_files import Source, Writing, tell_unprotected, writing_time
+from cp_plugin.apps.protected_files import Writing, tell_unprotected, writing_time
+from cp_plugin.apps.protected_sources import LEAST, Source, sources_of
 from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.picture_cache import CACHE, Filling
-from cp_plugin.data.picture_files import listing, tell_left_out
 from cp_plugin.data.picture_pixels import FileFormat
 from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
 
-LEAST = 64
-"""Pictures that are enough to train a small network on."""
 SETTINGS, PLAN = "settings.json", "plan.json"
 
 
@@ -57,8 +55,8 @@ def protect(
         UserError: pictures that cannot be read, too few of them, or folders that do not fit.
     """
     started = time.perf_counter()
-    work = out.with_name(f"{out.name}-poison")
-    pictures = _sources(sources, out)
+    work = work_folder(out)
+    pictures = sources_of(sources, out)
     _check_place(out, work, poison_file)
     if poison_file is None:
         poison_file = _crafted(pictures, work, settings, skip_unreadable, started)
@@ -76,34 +74,9 @@ def protect(
     return writing.written
 
 
-def _sources(given: Sequence[Path], out: Path) -> list[Source]:
-    """List the pictures.
-
-    Raises:
-        UserError: there are none, or OUT lies among them.
-    """
-    found: list[Source] = []
-    for path in given:
-        if path.is_dir():
-            if out.resolve().is_relative_to(path.resolve()):
-                raise UserError(
-                    f"{out} lies in {path}, whose files stay as they are; choose another."
-                )
-            listed = listing(path)
-            tell_left_out(path, listed.left_out)
-            found += [Source(file, file.relative_to(path)) for file in listed.pictures]
-        elif path.is_file():
-            found.append(Source(path, Path(path.name)))
-        else:
-            raise UserError(f"there is no file or folder at {path}.")
-    if not found:
-        raise UserError(f"there are no pictures in {', '.join(map(str, given))}.")
-    names = [source.name for source in found]
-    if len(set(names)) < len(names):
-        raise UserError(
-            "two of the given folders hold files of the same name; protect them one by one."
-        )
-    return found
+def work_folder(out: Path) -> Path:
+    """Return the folder beside OUT that holds what must not be published."""
+    return out.with_name(f"{out.name}-poison")
 
 
 def _check_place(out: Path, work: Path, poison_file: Path | None) -> None:

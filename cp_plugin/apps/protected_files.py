@@ -22,11 +22,12 @@ from cp_plugin.apps.protected_looks import (
     side_by_side,
     similarity,
 )
+from cp_plugin.apps.protected_sources import Source, names_in_out
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
 from cp_plugin.data.picture_cache import cluster_name
-from cp_plugin.data.picture_files import distinct_names, tell_left_out
+from cp_plugin.data.picture_files import tell_left_out
 from cp_plugin.data.picture_pixels import (
     CannotProtect,
     FileFormat,
@@ -55,15 +56,6 @@ SHOWN = 8
 BAND = 256
 """Rows of a picture that are compared at once."""
 LOOKS = "looks.png"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A picture to protect."""
-
-    file: Path
-    name: Path
-    """Below OUT, with the ending that the picture has."""
 
 
 def tell_unprotected(files: Mapping[Path, str], skip: bool) -> None:
@@ -149,9 +141,7 @@ class Writing:
     def all(self, pictures: Sequence[Source]) -> Iterator[None]:
         """Write those that are not there yet; yield after each."""
         self._work.mkdir(parents=True, exist_ok=True)
-        endings = [ending(source.file, self._format) for source in pictures]
-        names = distinct_names([source.name for source in pictures], endings)
-        pairs = enumerate(zip(pictures, names, strict=True))
+        pairs = enumerate(zip(pictures, names_in_out(pictures, self._format), strict=True))
         jobs = [_Job(number, source.file, self._out / name) for number, (source, name) in pairs]
         for made in in_threads(self._one, jobs):
             self._note(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -14,7 +15,10 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class RunProgress(Callback):
-    """Show steps, losses and accuracies of a run on standard error."""
+    """Show steps, losses and accuracies of a run on standard error.
+
+    Where the package's logger is set to warnings alone, nothing is shown.
+    """
 
     def __init__(self, title: str) -> None:
         """Name the run."""
@@ -31,7 +35,8 @@ class RunProgress(Callback):
         """Start the bar."""
         self.first_step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
-        if self._console.is_terminal:
+        self._shown = logging.getLogger("cp_plugin").level <= logging.INFO
+        if self._shown and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -50,7 +55,7 @@ class RunProgress(Callback):
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=_metrics(trainer))
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif self._shown and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print_line = f"{self._title}: step {step}/{self._total} {_metrics(trainer)}"
             self._console.print(print_line, highlight=False, soft_wrap=True)

@@ -40,6 +40,19 @@ def clustered(
         raise UserError(
             f"{len(images)} pictures cannot be put into {clusters} clusters; give fewer --clusters."
         )
+    without = without_centres(encoder, cfg)
+    found = without.features(images)
+    made = replace(without, centres=centres(found, clusters, seed))
+    return made, made.nearest(found)
+
+
+def without_centres(encoder: nn.Module, cfg: DictConfig) -> Placement:
+    """Return what makes features of whole pictures, before there are clusters.
+
+    Args:
+        encoder: the backbone of a trained method.
+        cfg: its configuration.
+    """
     node = cfg.augmentations[0]
     mean, std = normalisation(cfg.data.dataset, node)
     spec = {
@@ -49,17 +62,25 @@ def clustered(
         "mean": list(mean),
         "std": list(std),
     }
-    without = Placement(encoder.eval(), torch.empty(0), spec)
-    found = without.features(images)
+    return Placement(encoder.eval(), torch.empty(0), spec)
+
+
+def centres(features_ND: Tensor, clusters: int, seed: int) -> Tensor:
+    """Return the centres of clusters of directions, float32 (K, D), of length 1.
+
+    Args:
+        features_ND: float32, rows of length 1.
+        clusters: K, at most N.
+        seed: of k-means.
+    """
     # Clusters of few images are as welcome as others: faiss would warn of them.
     means = faiss.Kmeans(
-        found.shape[1],
+        features_ND.shape[1],
         clusters,
         niter=ITERATIONS,
         seed=seed,
         spherical=True,
         min_points_per_centroid=1,
     )
-    means.train(found.numpy())
-    made = replace(without, centres=torch.from_numpy(means.centroids))
-    return made, made.nearest(found)
+    means.train(features_ND.numpy())
+    return torch.from_numpy(means.centroids)

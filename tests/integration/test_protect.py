@@ -229,7 +229,14 @@ def test_killed_at_any_time_the_same_call_goes_on(folder: Path, tmp_path: Path) 
     assert checked(folder, out) == {"checked": 81, "wrong": {}}
 
 
-def test_minutes_are_planned_and_kept(folder: Path, tmp_path: Path) -> None:
+def test_minutes_are_planned_and_kept(
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of the steps that are measured nothing is said but that they are."""
+    caplog.set_level("INFO", "cp_plugin")
     began = time.monotonic()
     settings = Settings(size=32, minutes=0.5, overrides=SMALL)
     protect([folder], tmp_path / "out", settings)
@@ -237,6 +244,10 @@ def test_minutes_are_planned_and_kept(folder: Path, tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "out-poison" / "plan.json").read_text())
     assert plan["rounds"] >= 1
     assert plan["seconds_a_step"] > 0
+    before = [record.message for record in caplog.records]
+    before = before[: next(n for n, text in enumerate(before) if text.startswith("planned:"))]
+    assert before == ["measuring 6 steps of training, to plan how many there is time for"]
+    assert capfd.readouterr().err.count("simclr cp: step 1/") == 1
 
 
 @pytest.fixture(scope="module")
