@@ -228,6 +228,29 @@ def completion(results: list[Result]) -> str:
     return "\n".join([*lines, "", told, source(newest)])
 
 
+def survival(results: list[Result]) -> str:
+    """What is left of perturbations after each processing, in the newest run."""
+    newest = results[-1]
+    rows = {(row["craft"], row["processing"]): row for row in newest["rows"]}
+    crafts, ways = (list(dict.fromkeys(names)) for names in zip(*rows, strict=True))
+    titles = {"survive": "`--survive jpeg,resize`", "random": "random noise"}
+    lines = [
+        "| | " + " | ".join(titles.get(craft, craft) for craft in crafts) + " |",
+        "|---" * (len(crafts) + 1) + "|",
+    ]
+    for way in ways:
+        cells = [
+            f"{rows[craft, way]['correlation']:.2f} / {rows[craft, way]['size']:.2f}"
+            for craft in crafts
+        ]
+        lines.append("| " + " | ".join([way, *cells]) + " |")
+    told = (
+        "Correlation / size of protected minus original after the same processing of both, against "
+        f"the same as published (1 / 1: nothing is lost); means over pictures. {newest['what']}."
+    )
+    return "\n".join([*lines, "", told, source(newest)])
+
+
 def solo_methods() -> str:
     """Every method of solo-learn: what the conformance suite serves, what is refused and why."""
     lines = ["| method | served | momentum branch |", "|---|---|---|"]
@@ -258,6 +281,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "schedules": curves,
     "solo": solo,
     "step": step,
+    "survival": survival,
     "whole": whole,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
