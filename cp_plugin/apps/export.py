@@ -66,11 +66,11 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     """
     poison = Poison.load(poison_file)
     mark = _started(poison_file, out)
-    dataset = _dataset(poison_file, data, by_class=poison.granularity == "class")
-    if poison.granularity == "class" or poison.fraction < 1:
+    dataset = _dataset(poison_file, data, by_class=poison.needs_labels)
+    if poison.needs_labels or poison.fraction < 1:
         part(dataset, poison, 1.0)
     known, names = labels(dataset), names_or_numbers(dataset)
-    add = AddPoison(poison, names if poison.granularity == "class" else None)
+    add = AddPoison(poison, names if poison.needs_labels else None)
     left_out: dict[Path, str] = {}
     resized: dict[Path, str] = {}
     covering = poison.fit == "cover"

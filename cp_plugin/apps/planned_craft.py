@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from cp_plugin.apps.craft_plan import Plan, Settings
 from cp_plugin.apps.hydra_app import compose, pretrain
 from cp_plugin.apps.runs import run_in
 from cp_plugin.apps.study.cell import quoted
-from cp_plugin.attack.poison_file import Poison
+from cp_plugin.attack.poison_file import MEMBERS, Poison
 from cp_plugin.callbacks.stopwatch import Stopwatch
 from cp_plugin.config.settings import UserError
+from cp_plugin.data import image_key
 from cp_plugin.data.datasets import CACHED
 from cp_plugin.data.picture_cache import CACHE, PictureCache, Pixels
 from cp_plugin.engine.clusters import clustered
@@ -129,9 +131,17 @@ def craft(work: Path, settings: Settings, plan: Plan) -> Path:
     if placement is None:
         return made
     bare = Poison.load(made)
-    whole = replace(bare, info={**bare.info, **placement.info()}, attached=placement.tensors())
+    tensors = {**placement.tensors(), MEMBERS: _members(bare, PictureCache(work / CACHE))}
+    whole = replace(bare, info={**bare.info, **placement.info()}, attached=tensors)
     made.with_name(WHOLE).unlink(missing_ok=True)
     return whole.save(made.with_name(WHOLE))
+
+
+def _members(poison: Poison, cache: PictureCache) -> Tensor:
+    """Return key and row of each picture, int64 (N, 2)."""
+    keys = [image_key(cache.pixels(number)) for number in range(len(cache))]
+    rows = poison.rows(classes=[cache.classes[cluster] for cluster in cache.targets])
+    return torch.stack([torch.tensor(keys), rows], 1)
 
 
 def _clustered(work: Path, settings: Settings, plan: Plan) -> Placement:

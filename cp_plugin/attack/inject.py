@@ -45,13 +45,13 @@ class AddPoison:
         poison.check_classes(classes)
         self.poison, self.classes = poison, classes
         self._partial = poison.fraction < 1
-        self.reads_labels = poison.granularity == "class"
+        self.reads_labels = poison.needs_labels
 
     def __call__(self, image_CHW: Tensor, key: int, label: int) -> Tensor:
         """Return the poisoned image, uint8 (C, H, W).
 
         Raises:
-            SampleError: a sample poison has no row for the image.
+            SampleError: a poison of single images or of clusters has no row for the image.
         """
         return self.many(image_CHW[None], [key], [label])[0]
 
@@ -59,7 +59,7 @@ class AddPoison:
         """Return poisoned images, uint8 (B, C, H, W).
 
         Raises:
-            SampleError: a sample poison has no row for an image.
+            SampleError: a poison of single images or of clusters has no row for an image.
         """
         return self.poison.apply(images_BCHW, self._rows(keys, labels))
 
@@ -67,14 +67,14 @@ class AddPoison:
         """Return the delta of one image, float32 (C, h, w), zero where it carries none.
 
         Raises:
-            SampleError: a sample poison has no row for it.
+            SampleError: a poison of single images or of clusters has no row for it.
         """
         return self.poison.perturbation.gather(self._rows([key], [label]))[0]
 
     def _rows(self, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
         names = [self.classes[y] if self.classes and y >= 0 else None for y in labels]
         rows = self.poison.rows(keys=keys, classes=names)
-        if self.poison.granularity == "sample" and not self._partial and bool((rows < 0).any()):
+        if not (self.poison.needs_labels or self._partial) and bool((rows < 0).any()):
             raise SampleError(
                 "the poison has no row for this image; use the data set it was made for."
             )
@@ -125,7 +125,7 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
 
 def _classes(dataset: Any, poison: Poison) -> tuple[str, ...] | None:
     """Return the names of a data set's classes, where the poison asks for them."""
-    return names_or_numbers(dataset) if poison.granularity == "class" else None
+    return names_or_numbers(dataset) if poison.needs_labels else None
 
 
 def check_unpoisoned(dataset: Any) -> None:
@@ -145,9 +145,9 @@ def check_unpoisoned(dataset: Any) -> None:
 def _check_images(dataset: Any, poison: Poison) -> None:
     """Look up images all over the data set: as many must carry the poison as its file says."""
     assert poison.owned_keys is not None
-    known = labels(dataset) if poison.granularity == "class" or poison.fraction < 1 else None
+    known = labels(dataset) if poison.needs_labels or poison.fraction < 1 else None
     rows = torch.arange(len(dataset))
-    if poison.granularity == "class" and known is not None:
+    if poison.needs_labels and known is not None:
         rows = rows[known >= 0]  # the others carry none by design
     count = min(len(rows), max(CHECKED, math.ceil(EXPECTED / poison.fraction)))
     looked_up = rows[torch.linspace(0, len(rows) - 1, count).round().long()]

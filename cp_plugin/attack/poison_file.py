@@ -30,6 +30,8 @@ from cp_plugin.data.subset import keys_of_part
 
 FORMAT = "1"
 ATTACHED = "placement."
+MEMBERS = "placement.members"
+"""Attached tensor, int64 (N, 2): key and row of each image that a cluster poison was made on."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class Poison:
         return {key: row for row, key in reversed(list(enumerate(keys)))}
 
     @cached_property
+    def _row_of_member(self) -> dict[int, int]:
+        return dict(self.attached[MEMBERS].tolist()) if MEMBERS in self.attached else {}
+
+    @cached_property
     def _chosen_keys(self) -> frozenset[int]:
         return frozenset(cast(Tensor, self.chosen).tolist())
 
@@ -164,12 +170,16 @@ class Poison:
         Args:
             keys: the images' keys; a class poison needs them only where it is in a part of the
                 images, and without them tells the rows of all.
-            classes: the images' class names, None for unlabelled ones; used by a class poison.
+            classes: the images' class names, None for unlabelled ones; used by a class poison, for
+                images that it does not know by their keys.
         """
         if self.granularity == "sample":
             return torch.tensor([self._row_of_key.get(key, -1) for key in keys or ()])
-        names = self._row_of_class
+        names, members = self._row_of_class, self._row_of_member
         found = [-1 if name is None else names.get(name, -1) for name in classes or ()]
+        if members and keys is not None:
+            found = found or [-1] * len(keys)
+            found = [members.get(key, row) for key, row in zip(keys, found, strict=True)]
         if self.chosen is not None and keys is not None:
             pairs = zip(found, keys, strict=True)
             found = [row if key in self._chosen_keys else -1 for row, key in pairs]
@@ -189,7 +199,19 @@ class Poison:
     @property
     def owned_keys(self) -> Tensor | None:
         """Keys of the images that carry it, int64; None for a poison that whole classes carry."""
-        return self.keys if self.granularity == "sample" else self.chosen
+        if self.granularity == "sample":
+            return self.keys
+        if self.chosen is None and MEMBERS in self.attached:
+            return self.attached[MEMBERS][:, 0]
+        return self.chosen
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether class names alone tell which row an image gets.
+
+        A poison of clusters was made without labels and knows its images by their keys.
+        """
+        return self.granularity == "class" and MEMBERS not in self.attached
 
     def part(
         self,
@@ -214,7 +236,7 @@ class Poison:
         carry = self.rows(keys_N.tolist(), names) >= 0
         chosen = keys_of_part(keys_N[carry], labels[carry], fraction)
         # Unlabelled images carry no class poison by design, so they are not counted.
-        known = labels >= 0 if self.granularity == "class" else torch.ones_like(carry)
+        known = labels >= 0 if self.needs_labels else torch.ones_like(carry)
         count = len(torch.unique(keys_N[known]))
         info = {**self.info, "fraction": repr(len(chosen) / count), "images": str(count)}
         if self.granularity == "class":
@@ -225,12 +247,12 @@ class Poison:
     def check_classes(self, classes: Sequence[str] | None) -> None:
         """Check that a class poison has a delta for each of these classes, by name, in any order.
 
-        A sample poison fits any.
+        A poison that knows its images by their keys fits any.
 
         Raises:
             UserError: the data set has no classes, or others.
         """
-        if self.granularity == "sample":
+        if not self.needs_labels:
             return
         if classes is None:
             raise UserError(

@@ -169,7 +169,7 @@ def _take_over(
     for first in range(0, len(raw), 1024):
         images = torch.arange(first, min(first + 1024, len(raw)))
         own = rows.of_image[images]
-        if poison.granularity == "class":
+        if poison.needs_labels:
             known = [None] * len(images) if labels is None else labels[images].tolist()
             of_images = [names[y] if names and y is not None and y >= 0 else None for y in known]
             theirs = poison.rows(classes=of_images)

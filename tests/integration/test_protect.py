@@ -15,12 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cp_plugin import Poison
 from cp_plugin.apps.craft_plan import Settings
+from cp_plugin.apps.export import export
 from cp_plugin.apps.protect import protect
-from cp_plugin.config.settings import UserError
+from cp_plugin.attack.start import start
+from cp_plugin.config.settings import CraftConfig, UserError
+from cp_plugin.data import FlatFolder, RawDataset
 from cp_plugin.engine.placement import Placement
 from tests.support.mixed_pictures import BROKEN, write_broken, write_mixed
 
@@ -263,6 +267,35 @@ def test_clusters_share_a_perturbation(folder: Path, by_cluster: Path) -> None:
     assert poison.fit == "cover"
     assert Placement.of(poison) is not None
     assert checked(folder, by_cluster) == {"checked": 81, "wrong": {}}
+
+
+def test_a_poison_of_clusters_knows_its_pictures_without_labels(
+    folder: Path, by_cluster: Path, tmp_path: Path
+) -> None:
+    """What `export` writes of the unlabelled folder is what `protect` has written."""
+    poison = by_cluster.with_name("clustered-poison") / "poison.safetensors"
+    assert export(poison, tmp_path / "out", folder) == 81
+    made = {
+        str(Path(file).relative_to(tmp_path / "out")): found
+        for file, found in hashes(tmp_path / "out").items()
+    }
+    assert made == {
+        str(Path(file).relative_to(by_cluster)): found for file, found in hashes(by_cluster).items()
+    }
+
+
+def test_single_pictures_start_from_the_perturbation_of_their_cluster(
+    folder: Path, by_cluster: Path, tmp_path: Path
+) -> None:
+    file = by_cluster.with_name("clustered-poison") / "poison.safetensors"
+    raw = RawDataset(FlatFolder(folder), 64, "cover")
+    config = CraftConfig(init=str(file), fit="cover", image_size=64, dtype="float32")
+    begun = start(raw, None, config, 0, tmp_path, None)
+    poison = Poison.load(file)
+    keys = [raw[row].key for row in range(len(raw))]
+    theirs = poison.perturbation.gather(poison.rows(keys=keys))
+    assert len(theirs.flatten(1).unique(dim=0)) == 3
+    assert torch.equal(begun.perturbation.gather(begun.rows.of_image), theirs)
 
 
 def test_pictures_taken_later_get_the_perturbation_of_their_cluster(
