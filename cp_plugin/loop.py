@@ -27,11 +27,11 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import (
     batch_size_of,
     check_batched,
-    endless,
     moved,
     raw_loader,
     unwrapped,
 )
+from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.module import ModuleHost
@@ -136,7 +136,7 @@ class PoisonLoop:
         check_module(module, view_mirror.views)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
         self._loader = raw_loader(dataloader, self._raw)
-        self._batches = endless(self._loader)
+        self._batches = Endless(self._loader)
         seed = run_seed() if config.seed is None else config.seed
         folder = Path(config.dir or ".")
         self._crafting = Crafting(self._host, view_mirror, self._raw, config, seed, folder)

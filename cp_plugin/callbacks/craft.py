@@ -17,6 +17,7 @@ from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.callbacks.restart import Restarts
+from cp_plugin.callbacks.resumption import Resumption
 from cp_plugin.config.settings import (
     EPOCH,
     AlternationConfig,
@@ -28,7 +29,8 @@ from cp_plugin.config.settings import (
 )
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.loading import batch_size_of, endless, moved
+from cp_plugin.data.loading import batch_size_of, moved
+from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.lightning import LightningHost
@@ -102,9 +104,17 @@ class CraftPoison(Callback):
             initial = (self._resumed or {}).get("initial")
             self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
 
-    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
+        self._start(trainer, pl_module)
+        self._resumption.on_train_start((self._resumed or {}).get("resumption"))
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the first epoch after a resume begin as it would have."""
+        self._resumption.on_train_epoch_start()
+
+    @random_state_kept()
+    def _start(self, trainer: Any, pl_module: Any) -> None:
         if self.path.exists() and self._resumed is None and not trainer.fast_dev_run:
             raise UserError(
                 f"{self.path} exists and a poison is never overwritten; set poison.dir to another "
@@ -131,7 +141,8 @@ class CraftPoison(Callback):
         self._momentum_known = False
         self._steps_seen = trainer.global_step
         self._hooks = LoaderHooks(trainer, pl_module, raw, self._views_of(trainer))
-        self._batches = endless(loader)
+        self._batches = Endless(loader)
+        self._resumption = Resumption(trainer, loader, self._hooks.order, self._batches)
 
     def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
         """Return the surrogate behind the protocol that the attack sees.
@@ -225,6 +236,7 @@ class CraftPoison(Callback):
             return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
+            "resumption": self._resumption.state(),
             "snapshot": snapshot.save(
                 self.folder,
                 trainer.global_step,

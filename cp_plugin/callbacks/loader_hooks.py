@@ -17,8 +17,14 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import Collate, LoaderStart, check_batched, moved, renew_iterators
+from cp_plugin.data.order import Order
 from cp_plugin.hosts.lightning import BATCH_HOOKS, batch_hooks, converter, hook_owner
-from cp_plugin.util.internals import forget_iterators, remake_fetcher, training_source
+from cp_plugin.util.internals import (
+    finish_epoch,
+    forget_iterators,
+    remake_fetcher,
+    training_source,
+)
 from cp_plugin.util.undo import Exchanges
 
 Views = Callable[[Batch], list[Tensor]]
@@ -35,6 +41,7 @@ def note_start(trainer: Any) -> None:
 
     def dataloader() -> Any:
         del vars(source)["dataloader"]
+        finish_epoch(trainer)
         loader = own(source)
         vars(trainer)[START] = LoaderStart(loader)
         return loader
@@ -157,11 +164,13 @@ def renew(trainer: Any, loader: DataLoader[Any]) -> None:
     Iterators that it keeps are remade, from the random state in which they were made.
     """
 
-    def remake() -> None:
-        renew_iterators(loader)
-        remake_fetcher(trainer)
+    vars(trainer)[START].replay(lambda: remake(trainer, loader))
 
-    vars(trainer)[START].replay(remake)
+
+def remake(trainer: Any, loader: DataLoader[Any]) -> None:
+    """Make the iterators anew that a trainer and its loader keep."""
+    renew_iterators(loader)
+    remake_fetcher(trainer)
 
 
 def _drop_iterators(now: dict[str, Any], before: dict[str, Any]) -> None:
@@ -221,6 +230,8 @@ class LoaderHooks:
         hooks = (on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer)
         for owner, name, hook in zip(owners, BATCH_HOOKS, hooks, strict=True):
             self._exchanged.entry(vars(owner), name, hook)
+        self.order = Order(loader)
+        self._exchanged.entry(vars(loader), "batch_sampler", self.order)
         self._exchanged.callback(Exchange(trainer, raw, Collate(raw, host_collate)).restore)
 
     def stop(self) -> None:

@@ -81,7 +81,9 @@ class LoaderStart:
             loader: the loader; of anything else the global generators alone are taken.
         """
         self._random = RandomState()
-        self._own = [put_back for held in _parts(loader) if (put_back := generator_state(held))]
+        self._own = [
+            put_back for held in samplers_and_parts(loader) if (put_back := generator_state(held))
+        ]
 
     def replay(self, make: Callable[[], None]) -> None:
         """Call what makes the iterator, from the state of the first; the global state stays."""
@@ -95,13 +97,13 @@ class LoaderStart:
             now.restore()
 
 
-def _parts(loader: Any) -> Iterator[Any]:
-    """Yield what a loader and its samplers hold."""
+def samplers_and_parts(loader: Any) -> Iterator[Any]:
+    """Yield what a loader and its samplers hold, the samplers among it."""
     names = ("sampler", "batch_sampler")
     for name, value in getattr(loader, "__dict__", {}).items():
         yield value
         if name in names:
-            yield from _parts(value)
+            yield from samplers_and_parts(value)
 
 
 def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:
@@ -122,11 +124,3 @@ class Collate:
     def __call__(self, items: Any) -> Batch:
         """Collate the items of raw data sets."""
         return self._raw.collate(items, self._host_collate)
-
-
-def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the loader's batches, epoch after epoch, apart from any other use of the loader."""
-    own = copy.copy(loader)  # persistent workers serve one iteration at a time
-    renew_iterators(own)
-    while True:
-        yield from own

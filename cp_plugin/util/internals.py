@@ -27,10 +27,12 @@ __all__ = [
     "compiled_call",
     "compiled_module",
     "copy_all",
+    "finish_epoch",
     "forget_iterators",
     "hydra_callbacks",
     "is_compiled",
     "is_view",
+    "iterates_anew",
     "job_result",
     "own_modules",
     "pop_function_mode",
@@ -116,6 +118,29 @@ def forget_iterators(loader: DataLoader[Any]) -> None:
 def remake_fetcher(trainer: Any) -> None:
     """Make Lightning's iterator anew: the first epoch's is made before any callback can look."""
     iter(trainer.fit_loop._data_fetcher)
+
+
+def finish_epoch(trainer: Any) -> None:
+    """Let a run that goes on from the end of an epoch begin the next one; call before it starts.
+
+    With `max_steps` Lightning takes that epoch for an interrupted one: it trains on one batch more
+    and counts the epoch twice.
+    """
+    loop = trainer.fit_loop
+    now = loop.epoch_progress.current
+    if loop.restarting and now.ready == now.started == now.processed:
+        owner = next(kind for kind in type(loop).__mro__[1:] if "restarting" in vars(kind))
+        vars(owner)["restarting"].fset(loop, False)  # the loop's own would set it again
+
+
+def iterates_anew(trainer: Any) -> bool:
+    """Whether Lightning makes a new iterator as the epoch starts that is about to.
+
+    Of the first epoch, and of the first after a resume, it has made it already.
+    """
+    loop = trainer.fit_loop
+    resumes = bool(loop.epoch_loop.restarting or getattr(loop, "is_resuming", False))
+    return trainer.current_epoch > 0 and not resumes
 
 
 def training_source(trainer: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ class RandomState:
     """Random state of Python, numpy, the CPU and the devices in use."""
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
+        self._python: tuple[Any, ...] = random.getstate()
+        self._numpy: Any = np.random.get_state()
         self._cpu = torch.get_rng_state()
         self._devices: list[tuple[Any, tuple[torch.device, ...], Tensor]] = []
         for device in devices:
@@ -36,6 +36,33 @@ class RandomState:
             or not np.array_equal(keys, keys_before)
             or not torch.equal(torch.get_rng_state(), self._cpu)
         )
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as tensors, numbers and text alone, as a checkpoint may hold it."""
+        kind, keys, *rest = self._numpy
+        version, numbers, gauss = self._python
+        return {
+            "python": [version, list(numbers), gauss],
+            "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+            "cpu": self._cpu,
+            "devices": {str(where[0]): state for _, where, state in self._devices if where},
+        }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> RandomState:
+        """Return what `plain` gave; devices that are not here are left out."""
+        state = cls()
+        version, numbers, gauss = plain["python"]
+        kind, keys, *rest = plain["numpy"]
+        state._python = (version, tuple(numbers), gauss)
+        state._numpy = (kind, keys.numpy().astype(np.uint32), *rest)
+        state._cpu = plain["cpu"]
+        for name, value in plain["devices"].items():
+            device = torch.device(name)
+            backend: Any = getattr(torch, device.type)
+            if backend.is_available() and (device.index or 0) < backend.device_count():
+                state._devices.append((backend, (device,), value))
+        return state
 
     def restore(self) -> None:
         """Put every generator back."""

@@ -113,6 +113,21 @@ def test_trees() -> None:
     assert internals.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
 
 
+def test_an_epoch_that_is_over_is_not_interrupted() -> None:
+    """_Loop.restarting, FitLoop.is_resuming: an epoch that was finished, with `max_steps`"""
+    trainer = pl.Trainer(accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False)
+    assert not internals.iterates_anew(trainer)  # the first epoch
+    trainer.fit_loop.restarting = True
+    assert trainer.fit_loop.restarting
+    internals.finish_epoch(trainer)
+    assert not trainer.fit_loop.restarting
+    assert not trainer.fit_loop.epoch_loop.restarting
+    trainer.fit_loop.epoch_progress.current.ready = 1
+    trainer.fit_loop.restarting = True
+    internals.finish_epoch(trainer)
+    assert trainer.fit_loop.restarting  # in the midst of an epoch
+
+
 def test_every_batch_normalisation_is_one() -> None:
     """torch.nn.modules.batchnorm._BatchNorm, _NormBase"""
     assert isinstance(nn.InstanceNorm1d(1), internals.NormBase)
