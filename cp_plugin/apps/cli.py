@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from cp_plugin.config.settings import UserError, check_eps, number, one_of
+from cp_plugin.util.whole_files import is_no_room, no_room_sentence
 
 app = typer.Typer(
     help="Contrastive poisoning for self-supervised learning.",
@@ -366,6 +367,11 @@ def main() -> None:
     except UserError as error:
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
         print(f"cp-plugin: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not is_no_room(error):
+            raise
+        print(f"cp-plugin: {no_room_sentence(error)}", file=sys.stderr)
         sys.exit(2)
 
 

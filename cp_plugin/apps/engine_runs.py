@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import load
 from cp_plugin.engine import METHODS, build_pipeline
 from cp_plugin.hosts.lightning import LightningHost
@@ -27,7 +28,7 @@ class EngineRun:
         path = self.folder / CONFIG_FILE
         if not path.is_file():
             return None
-        cfg = OmegaConf.load(path)
+        cfg = load_yaml(path)
         assert isinstance(cfg, DictConfig)
         return cfg
 
@@ -56,13 +57,12 @@ def load_run(checkpoint: Path) -> tuple[Any, DictConfig]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = OmegaConf.create(saved["hyper_parameters"]["cfg"])
-        image_size = saved["hyper_parameters"]["image_size"]
+        module = METHODS[cfg.method](cfg, saved["hyper_parameters"]["image_size"])
+        module.load_state_dict(saved["state_dict"])
     except Exception as error:  # torch.load has no error class of its own for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is no checkpoint of the embedded engine, or it is damaged ({reason})."
         ) from error
     assert isinstance(cfg, DictConfig)
-    module = METHODS[cfg.method](cfg, image_size)
-    module.load_state_dict(saved["state_dict"])
     return module.eval(), cfg

@@ -17,6 +17,7 @@ from cp_plugin.attack.inject import part
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import GROUPS
 from cp_plugin.config.settings import UserError
+from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import class_names, load
 from cp_plugin.data.canonical import canonical_form
 from cp_plugin.data.datasets import FOLDERS, class_folder
@@ -166,7 +167,7 @@ def read_by_surrogates(
             f"there is no configuration of a surrogate at {config}; name the folder of a run of "
             "the embedded engine with --run DIR."
         )
-    cfg = OmegaConf.load(config)
+    cfg = load_yaml(config)
     assert isinstance(cfg, DictConfig)
     for group in GROUPS:
         cfg.pop(group, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -31,13 +30,14 @@ from cp_plugin.data import (
     names_or_numbers,
 )
 from cp_plugin.data.image import Size
-from cp_plugin.data.picture_files import distinct_names, tell_left_out
+from cp_plugin.data.picture_files import distinct_names, inside, tell_left_out
 from cp_plugin.data.picture_pixels import ORIENTATION, CannotProtect, ending, read, write
 from cp_plugin.data.picture_pixels import add as change
 from cp_plugin.data.raw import UNREADABLE
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
 from cp_plugin.util.run_files import CONFIG_FILE
+from cp_plugin.util.whole_files import sha256, write_text, written_whole
 
 UNFINISHED = ".cp-plugin-export"
 """Lies in a folder while it is written, and names the poison: the same command goes on there."""
@@ -98,9 +98,9 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
                 missing = "no row" in str(error)
                 left_out[source] = "the poison has no row for it" if missing else "unreadable"
                 continue
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(_digest(poison_file), encoding="utf8")
-            _write(out / name, save)
+            if not mark.is_file():
+                write_text(mark, sha256(poison_file))
+            _write(inside(out, name), save)
         if not covering and file is not None and (size := _size(source)) != poison.size:
             resized[source] = f"{size[0]} x {size[1]}"
         written += 1
@@ -142,15 +142,11 @@ def _started(poison_file: Path, out: Path) -> Path:
         return mark
     if not mark.is_file():
         raise UserError(f"{out} is not empty; give a new folder.")
-    if mark.read_text(encoding="utf8") != _digest(poison_file):
+    if mark.read_text(encoding="utf8") != sha256(poison_file):
         raise UserError(
             f"{out} holds an unfinished export of another poison; give a new folder, or delete it."
         )
     return mark
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 Save = Callable[[Path], None]
@@ -158,10 +154,8 @@ Save = Callable[[Path], None]
 
 
 def _write(path: Path, save: Save) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    save(partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        save(partial)
 
 
 def _at_own_size(add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None) -> Save:

@@ -24,6 +24,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.picture_cache import CACHE, Filling
 from cp_plugin.data.picture_pixels import FileFormat
 from cp_plugin.util.run_files import POISON_FILE
+from cp_plugin.util.whole_files import write_text
 
 log = logging.getLogger("cp_plugin")
 
@@ -117,7 +118,7 @@ def _crafted(
         writing = writing_time(pictures, work, settings, unreadable)
         so_far = time.perf_counter() - started
         plan = measured_plan(work, settings, left, so_far, writing)
-        _written_whole(place, json.dumps(asdict(plan)))
+        write_text(place, json.dumps(asdict(plan)))
     log.info("%s", plan)
     made = craft(work, settings, plan)
     made.replace(poison_file)
@@ -133,7 +134,7 @@ def _keep(work: Path, settings: Settings) -> None:
     place, text = work / SETTINGS, json.dumps(asdict(settings), indent=1)
     if not place.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        _written_whole(place, text)
+        write_text(place, text)
         return
     before = json.loads(place.read_text(encoding="utf8"))
     changed = [key for key, value in json.loads(text).items() if before.get(key) != value]
@@ -142,9 +143,3 @@ def _keep(work: Path, settings: Settings) -> None:
             f"{work} was begun with {changed[0]}={before.get(changed[0])}; make the same call, or "
             "give another OUT."
         )
-
-
-def _written_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf8")
-    partial.replace(path)

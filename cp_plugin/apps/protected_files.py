@@ -27,7 +27,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
 from cp_plugin.data.picture_cache import cluster_name
-from cp_plugin.data.picture_files import tell_left_out
+from cp_plugin.data.picture_files import inside, tell_left_out
 from cp_plugin.data.picture_pixels import (
     CannotProtect,
     FileFormat,
@@ -39,6 +39,7 @@ from cp_plugin.data.picture_pixels import (
 )
 from cp_plugin.engine.placement import Placement
 from cp_plugin.util.threads import in_threads
+from cp_plugin.util.whole_files import written_whole
 
 log = logging.getLogger("cp_plugin")
 
@@ -142,7 +143,9 @@ class Writing:
         """Write those that are not there yet; yield after each."""
         self._work.mkdir(parents=True, exist_ok=True)
         pairs = enumerate(zip(pictures, names_in_out(pictures, self._format), strict=True))
-        jobs = [_Job(number, source.file, self._out / name) for number, (source, name) in pairs]
+        jobs = [
+            _Job(number, source.file, inside(self._out, name)) for number, (source, name) in pairs
+        ]
         for made in in_threads(self._one, jobs):
             self._note(made)
             yield
@@ -179,7 +182,8 @@ class Writing:
         look = None if looked is None else Look(looked, centre(picture.colours))
         # In the work folder, since OUT never holds half a file.
         partial = self._work / f"partial-{job.number}{job.target.suffix}"
-        write(picture, partial)
+        with written_whole(partial) as writing:
+            write(picture, writing)
         lost = None
         if before is not None:
             found = read(partial, self._canonical)[0].colours

@@ -8,18 +8,18 @@ class name, never by position, so any loader and any order will do.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cp_plugin.attack.file_content import check_content
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.rounding import decode
 from cp_plugin.config.settings import Fit, Granularity, UserError, check_fit
@@ -27,6 +27,7 @@ from cp_plugin.data.fit import at_size, in_levels, keeping_grey
 from cp_plugin.data.image import Size
 from cp_plugin.data.labels import distinct
 from cp_plugin.data.subset import keys_of_part
+from cp_plugin.util.whole_files import written_whole
 
 FORMAT = "1"
 ATTACHED = "placement."
@@ -130,14 +131,12 @@ class Poison:
                 f"{path} is no poison of format {FORMAT} (it has {metadata.get('format')}); "
                 "`cp-plugin import` converts the authors' .pth files."
             )
-        granularity = metadata["granularity"]
-        if granularity not in get_args(Granularity):
-            raise UserError(f"{path} has granularity {granularity!r}; expected sample or class.")
+        check_content(Path(path), tensors, metadata)
         classes = metadata.get("classes")
         known = {"format", "granularity", "eps", "image_size", "classes"}
         return cls(
             Perturbation(tensors["delta"], float(metadata["eps"])),
-            cast(Granularity, granularity),
+            cast(Granularity, metadata["granularity"]),
             keys=tensors.get("keys"),
             classes=None if classes is None else distinct(json.loads(classes)),
             info={key: value for key, value in metadata.items() if key not in known},
@@ -311,7 +310,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged or truncated ({error}); make or copy it again."
         ) from None
@@ -320,11 +319,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_atomically(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file that is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(tensors), str(partial), dict(metadata))
-    partial.replace(path)
+    """Write a safetensors file that is either whole or absent.
+
+    Raises:
+        NoRoom: the disk is full.
+    """
+    with written_whole(path) as partial:
+        save_file(dict(tensors), str(partial), dict(metadata))
 
 
 def largest_change(poison: Poison) -> float:

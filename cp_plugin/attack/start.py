@@ -69,7 +69,9 @@ def start(
     else:
         rows, count = Rows.of_samples(chosen), int(chosen.sum())
     if resumed:
-        return Start(_resumed(resumed["tensors"], rows, keys, count, config), rows, images)
+        tensors = resumed["tensors"]
+        _check_shapes(tensors, (count, *raw[0].image.shape), rows.keys is not None)
+        return Start(_resumed(tensors, rows, keys, count, config), rows, images)
     perturbation = _noise(raw, count, config, folder, generator)
     parts: list[dict[str, Any]] = []
     if config.init not in (RANDOM, ZERO):
@@ -108,6 +110,23 @@ def _chosen(
     if config.granularity == "class" and labels is not None:
         countable = of_all[labels >= 0]  # the others carry no class poison by design
     return torch.isin(of_all, keys), keys, len(torch.unique(countable))
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], shape: tuple[int, ...], keyed: bool) -> None:
+    """Check that a snapshot has the form that the data set asks for.
+
+    Raises:
+        UserError: it is that of another data set or of other settings, or no snapshot.
+    """
+    expected = {"delta": shape, **({"keys": shape[:1]} if keyed else {})}
+    if "moved" in tensors:
+        expected["moved"] = shape[:1]
+    found = {name: tuple(tensors[name].shape) for name in expected if name in tensors}
+    if found != expected:
+        raise UserError(
+            f"the checkpoint's snapshot holds {found}, and this data set needs {expected}; resume "
+            "with the data set and the settings that it was made with, or start anew."
+        )
 
 
 def _resumed(

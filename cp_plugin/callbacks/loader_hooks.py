@@ -20,6 +20,7 @@ from cp_plugin.data.loading import Collate, LoaderStart, check_batched, moved, r
 from cp_plugin.data.order import Order
 from cp_plugin.hosts.lightning import BATCH_HOOKS, batch_hooks, converter, hook_owner
 from cp_plugin.util.internals import (
+    before_epochs,
     finish_epoch,
     forget_iterators,
     remake_fetcher,
@@ -35,18 +36,21 @@ START = "_cp_plugin_start"
 
 
 def note_start(trainer: Any) -> None:
-    """Let a trainer note the random state in which its training loader begins; call in `setup`."""
+    """Let a trainer note the random state in which its training loader begins; call in `setup`.
+
+    A run that goes on from the end of an epoch begins the next one, see `finish_epoch`.
+    """
     source = training_source(trainer)
     own = type(source).dataloader
 
     def dataloader() -> Any:
         del vars(source)["dataloader"]
-        finish_epoch(trainer)
         loader = own(source)
         vars(trainer)[START] = LoaderStart(loader)
         return loader
 
     vars(source)["dataloader"] = dataloader
+    before_epochs(trainer, lambda: finish_epoch(trainer))
 
 
 def training_loader(trainer: Any) -> DataLoader[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cp_plugin.attack.poison_file import read, write_atomically
 from cp_plugin.config.settings import UserError
+from cp_plugin.util.whole_files import sha256
 
+NAME = re.compile(r"delta-step=\d+\.safetensors")
 KEPT = 2
 """The newest are kept whatever the checkpoints say: one of them is not written yet, and a crash
 while writing leaves the one before."""
@@ -39,7 +41,7 @@ def save(
     for old in known[:-KEPT]:
         if not any(pickle is None or old.name.encode() in pickle for pickle in pickles):
             old.unlink()
-    return {"file": path.name, "sha256": _sha256(path)}
+    return {"file": path.name, "sha256": sha256(path)}
 
 
 def _pickle(checkpoint: Path) -> bytes | None:
@@ -58,18 +60,15 @@ def load(folders: Sequence[Path], saved: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: it is gone, or not the one that the checkpoint was saved with.
     """
+    if not NAME.fullmatch(str(saved["file"])):
+        raise UserError(f"the checkpoint names {saved['file']!r}, which is no snapshot of delta.")
     for folder in folders:
         path = folder / saved["file"]
         if path.is_file():
-            if _sha256(path) != saved["sha256"]:
+            if sha256(path) != saved["sha256"]:
                 raise UserError(f"{path} is not the snapshot of delta that the checkpoint names.")
             return read(path)[0]
     raise UserError(
         f"the checkpoint needs the snapshot {saved['file']}, which is in none of "
         f"{', '.join(map(str, folders))}; keep it beside the checkpoint or craft anew."
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

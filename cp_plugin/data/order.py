@@ -102,7 +102,8 @@ class Order:
         self.restore_generators(state["generators"])
         self._set_epochs(state["epochs"])
         try:
-            left, sums = iter(self.inner), list[int]()
+            sums: list[int] = []
+            left: Iterator[Any] = iter(self.inner)
             for rows in itertools.islice(left, state["used"]):
                 sums.append(_sum(rows, sums))
             if sums and sums[-1] == state["sum"]:

@@ -17,6 +17,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.image import Canonical
 from cp_plugin.data.picture_pixels import CannotProtect, read
 from cp_plugin.util.threads import in_threads
+from cp_plugin.util.whole_files import reserve, write_text, written_whole
 
 IMAGES, ASPECTS, CLUSTERS = "images.npy", "aspects.npy", "clusters.npy"
 FILES = "files.json"
@@ -79,9 +80,8 @@ class PictureCache(Dataset[tuple[Any, int]]):
 
     def put_into_clusters(self, clusters: Tensor) -> None:
         """Keep the cluster of each picture, int64 (N), in the cache."""
-        partial = self._folder / f".{CLUSTERS}"
-        np.save(partial, clusters.numpy())
-        partial.replace(self._folder / CLUSTERS)
+        with written_whole(self._folder / CLUSTERS) as partial:
+            np.save(partial, clusters.numpy())
         self.targets = clusters.tolist()
 
 
@@ -124,9 +124,12 @@ class Filling:
         mark = folder / FILES
         if not mark.is_file():
             shape = (len(self.files), 3, size, size)
-            np.lib.format.open_memmap(folder / IMAGES, "w+", np.uint8, shape).flush()
-            np.save(folder / ASPECTS, np.zeros(len(self.files)))
-            mark.write_text(stamp, encoding="utf8")
+            with written_whole(folder / IMAGES) as partial:
+                np.lib.format.open_memmap(partial, "w+", np.uint8, shape).flush()
+                reserve(partial)
+            with written_whole(folder / ASPECTS) as partial:
+                np.save(partial, np.zeros(len(self.files)))
+            write_text(mark, stamp)
         elif mark.read_text(encoding="utf8") != stamp:
             raise UserError(
                 f"the pictures, or --size, are no longer what they were when {folder.parent} was "

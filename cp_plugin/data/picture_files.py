@@ -11,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from cp_plugin.config.settings import UserError
 from cp_plugin.data.image import as_picture
 
 log = logging.getLogger("cp_plugin")
@@ -58,6 +59,20 @@ def tell_left_out(folder: Path, left_out: dict[Path, str], why: str = "left out"
     """Say in one sentence how many files are left out, and name the first."""
     if left_out:
         log.warning("%d files of %s are %s: %s", len(left_out), folder, why, _named(left_out))
+
+
+def inside(folder: Path, name: Path) -> Path:
+    """Return where a file of this name is in a folder.
+
+    Raises:
+        UserError: `..`, an absolute path or a link leads out of the folder.
+    """
+    path = folder / name
+    if ".." in name.parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{path} lies outside of {folder}, by its name or by a link, and is left alone."
+        )
+    return path
 
 
 def _named(files: dict[Path, str]) -> str:

@@ -6,6 +6,7 @@ It travels in the poison file, so that pictures taken later get the perturbation
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.settings import UserError
 from cp_plugin.data import Canonical
 from cp_plugin.engine.backbones import surrogate
 from cp_plugin.evaluation.metrics import features
 
 SPEC, CENTRES, WEIGHTS = "placement", "placement.centres", "placement.encoder."
+READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+"""Arguments of timm that read files or fetch them."""
+LEAST_SIDE, MOST_SIDE = 8, 512
+MOMENTS = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,21 @@ class Placement:
         """Return what a poison file carries, None where it carries none."""
         if CENTRES not in poison.attached:
             return None
-        spec = json.loads(poison.info[SPEC])
-        encoder = surrogate(spec["name"], spec["side"], **spec["arguments"])
         weights = {
             name.removeprefix(WEIGHTS): value
             for name, value in poison.attached.items()
             if name.startswith(WEIGHTS)
         }
-        encoder.load_state_dict(weights)
+        try:
+            spec = json.loads(poison.info[SPEC])
+            _check_spec(spec, weights)
+            encoder = surrogate(spec["name"], spec["side"], **spec["arguments"])
+            encoder.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                "the poison file names the encoder of its clusters in a way that does not fit its "
+                f"weights ({str(error).splitlines()[0]}); it is damaged: make or copy it again."
+            ) from error
         return cls(encoder.eval(), poison.attached[CENTRES], spec)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -82,6 +95,27 @@ class Placement:
     def nearest(self, features_ND: Tensor) -> Tensor:
         """Return the cluster of each row of `features`, int64 (N)."""
         return (features_ND @ self.centres.T).argmax(1)
+
+
+def _check_spec(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Check what an encoder is to be built of before it is built: a file may name any network.
+
+    Raises:
+        ValueError, KeyError, TypeError: it reads files, or is larger than the weights that it gets.
+    """
+    unwanted = sorted(READING & set(spec["arguments"]))
+    if unwanted:
+        raise ValueError(f"{unwanted[0]} reads other files")
+    if not LEAST_SIDE <= int(spec["side"]) <= MOST_SIDE:
+        raise ValueError(f"a side of {spec['side']} pixels")
+    if not all(len(spec[key]) == 3 and all(map(math.isfinite, spec[key])) for key in MOMENTS):
+        raise ValueError("mean and std are not three numbers each")
+    with torch.device("meta"):  # no memory is taken
+        planned = surrogate(spec["name"], spec["side"], **spec["arguments"]).state_dict()
+    if {name: value.shape for name, value in planned.items()} != {
+        name: value.shape for name, value in weights.items()
+    }:
+        raise ValueError(f"{spec['name']} has other weights")
 
 
 class _Shown(torch.utils.data.Dataset[Tensor]):

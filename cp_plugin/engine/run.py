@@ -26,6 +26,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.base import Method
+from cp_plugin.engine.checkpoints import WholeCheckpoints, check_checkpoint
 from cp_plugin.engine.compatibility import check_method, name_classes
 from cp_plugin.engine.precision import fast_on_processor
 from cp_plugin.engine.settings import for_surrogate
@@ -33,6 +34,7 @@ from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, RESULT_FILE
+from cp_plugin.util.whole_files import write_text
 
 log = logging.getLogger("cp_plugin")
 
@@ -64,11 +66,13 @@ def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
     if finished is not None:
         log.info("%s is finished; nothing to do", folder)
         return {**finished, "folder": str(folder)}
+    known = checkpoint or settings.resume_from_checkpoint
+    if known:
+        known = check_checkpoint(known)
     seed_everything(settings.seed, workers=True, verbose=False)
     parts = prepare(settings)
     callbacks = [*_callbacks(selection, settings, folder, parts), *watching]
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(settings, folder / CONFIG_FILE, resolve=True)
+    write_text(folder / CONFIG_FILE, OmegaConf.to_yaml(settings, resolve=True))
     started = time.perf_counter()
     trainer = Trainer(
         max_epochs=settings.max_epochs,
@@ -81,16 +85,17 @@ def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
         accumulate_grad_batches=settings.accumulate_grad_batches,
         callbacks=callbacks,
         logger=list(_loggers(folder, settings)),
+        plugins=[WholeCheckpoints()],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=min(50, len(parts.loader)),
     )
-    trainer.fit(parts.module, parts.loader, ckpt_path=checkpoint or settings.resume_from_checkpoint)
+    trainer.fit(parts.module, parts.loader, ckpt_path=known)
     if settings.checkpoint.enabled:
         trainer.save_checkpoint(folder / f"{CHECKPOINT}.ckpt")
     result = _result(selection, settings, callbacks, trainer, time.perf_counter() - started)
-    _write(folder / RESULT_FILE, result)
+    write_text(folder / RESULT_FILE, json.dumps(result, indent=1))
     return {**result, "folder": str(folder)}
 
 
@@ -308,9 +313,3 @@ def _of_poison(poison: Poison) -> dict[str, Any]:
         "surrogate": poison.info.get("method"),
         "surrogate_steps": schedule.get("surrogate_steps_done"),
     }
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf8")
-    partial.replace(path)

@@ -24,6 +24,7 @@ __all__ = [
     "LoaderIterator",
     "NormBase",
     "backbones",
+    "before_epochs",
     "compiled_call",
     "compiled_module",
     "copy_all",
@@ -131,6 +132,19 @@ def finish_epoch(trainer: Any) -> None:
     if loop.restarting and now.ready == now.started == now.processed:
         owner = next(kind for kind in type(loop).__mro__[1:] if "restarting" in vars(kind))
         vars(owner)["restarting"].fset(loop, False)  # the loop's own would set it again
+
+
+def before_epochs(trainer: Any, call: Callable[[], Any]) -> None:
+    """Call something once the loops are as a checkpoint has them; Lightning has no such hook."""
+    loop = trainer.fit_loop
+    own = type(loop).reset
+
+    def reset() -> None:
+        del vars(loop)["reset"]
+        call()
+        own(loop)
+
+    vars(loop)["reset"] = reset
 
 
 def iterates_anew(trainer: Any) -> bool:

@@ -31,6 +31,13 @@ class Dropping(Small):
         noise = torch.rand(()) if self.training else 0.5
         return super().training_step(batch, batch_idx) * (0.5 + noise)
 
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        # Lightning asks for the loader here, before it has read the checkpoint's loops.
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
 
 class Saving(pl.Callback):
     """Saves a checkpoint after every step, and at the end of every epoch."""

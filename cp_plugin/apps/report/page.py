@@ -13,6 +13,7 @@ from cp_plugin.apps.report import figures, scenes
 from cp_plugin.apps.report.rows import Found, Row, find
 from cp_plugin.apps.report.tables import markdown, ordered, tables
 from cp_plugin.apps.study.settings import NONE
+from cp_plugin.util.whole_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "\N{EN DASH}"
@@ -21,11 +22,10 @@ DASH = "\N{EN DASH}"
 def write(folder: Path, out: Path) -> tuple[Path, Path]:
     """Write both files of a report; see `cp_plugin.apps.report.report`."""
     content = _content(find(folder))
-    out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in ("report.html", "report.md"):
         file = out / name
-        file.write_text(_render(f"{name}.j2", content), encoding="utf8")
+        write_text(file, _render(f"{name}.j2", content))
         written.append(file)
     return written[0], written[1]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from omegaconf import OmegaConf
 from cp_plugin.apps.study.settings import NONE
 from cp_plugin.apps.study.state import FINISHED, PLAN_FILE, read
 from cp_plugin.config.settings import UserError
+from cp_plugin.config.yaml_files import load_yaml
+from cp_plugin.data.picture_files import inside
 from cp_plugin.util.run_files import CONFIG_FILE, POISON_FILE, RESULT_FILE
 
 MEASURES = {
@@ -23,6 +27,10 @@ MEASURES = {
     "linear_control": "control: linear probe of the clean encoder, poisoned bank",
 }
 """In the order of the report; the first is the paper's."""
+
+
+CURVES = ("knn_clean_bank", "knn_poisoned_bank", "knn_control")
+"""Of a point of a curve, beside its step."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,18 @@ class Row:
     the clean run's checkpoints too: step, `knn_control`."""
     facts: Mapping[str, Any]
     """Steps, epochs, k, T and what else the run says of itself."""
+
+    def __post_init__(self) -> None:
+        """Check that what is drawn are numbers.
+
+        Raises:
+            ValueError: something else was read.
+        """
+        points = (value for point in self.curve for value in map(point.get, ("step", *CURVES)))
+        for value in (*self.accuracies.values(), *points):
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if value is not None and not number:
+                raise ValueError(f"{str(value)[:40]!r} is no number")
 
     @property
     def label(self) -> str:
@@ -71,6 +91,25 @@ class Found:
     """Cells of the study, or runs."""
 
 
+@contextmanager
+def damage_named(where: Path) -> Iterator[None]:
+    """Say of files that hold something else than results that they are damaged.
+
+    Raises:
+        UserError: they do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"the results in {where} are damaged or not those of a run ({reason}); run it again, "
+            "or take it out of the folder."
+        ) from error
+
+
 def find(folder: Path) -> Found:
     """Read the results in a folder.
 
@@ -82,7 +121,8 @@ def find(folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give that of a study or of runs.")
-    found = _study(folder) if (folder / PLAN_FILE).is_file() else _runs(folder)
+    with damage_named(folder):
+        found = _study(folder) if (folder / PLAN_FILE).is_file() else _runs(folder)
     if not found.rows:
         raise UserError(
             f"{folder} has no finished run with a kNN or a linear probe; run `cp-plugin study`, or "
@@ -99,7 +139,7 @@ def _study(folder: Path) -> Found:
         state = read(folder / "cells" / f"{cell['name']}.json") or {}
         states[cell["name"]] = state if state.get("digest") == cell["digest"] else {}
     finished = {name: one for name, one in states.items() if one.get("status") == FINISHED}
-    folders = {name: folder / one["folder"] for name, one in finished.items()}
+    folders = {name: inside(folder, Path(one["folder"])) for name, one in finished.items()}
     rows = [row_of(one, folders, name) for name, one in finished.items() if one["kind"] != "craft"]
     unfinished = {
         name: str(one.get("reason", one.get("status", "not begun")))
@@ -182,7 +222,8 @@ def _runs(folder: Path) -> Found:
         folders[str(file.parent.relative_to(folder))] = file.parent
         if "knn" in result:
             provenance = {key: result.get(key) for key in ("hardware", "versions", "command")}
-            rows.append(_run(file.parent, result))
+            with damage_named(file.parent):
+                rows.append(_run(file.parent, result))
     whole = read(folder / RESULT_FILE) or {}
     provenance["command"] = whole.get("command", provenance.get("command"))
     rows.sort(key=lambda row: row.poison != NONE)
@@ -190,7 +231,7 @@ def _runs(folder: Path) -> Found:
 
 
 def _run(folder: Path, result: Mapping[str, Any]) -> Row:
-    cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+    cfg: Any = OmegaConf.to_container(load_yaml(folder / CONFIG_FILE))
     poison = _poison_name(cfg.get("poison") or {}, str(result["poison"]))
     names = (("knn_clean", "knn_clean_bank"), ("knn_poisoned", "knn_poisoned_bank"))
     accuracies = {ours: result[theirs] for ours, theirs in names if result.get(theirs) is not None}

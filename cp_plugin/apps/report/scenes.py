@@ -19,6 +19,7 @@ from cp_plugin.apps.report.tables import ordered
 from cp_plugin.apps.study.settings import NONE
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
+from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import RawDataset, class_names, labels, load
 from cp_plugin.util.run_files import CONFIG_FILE
 
@@ -151,7 +152,7 @@ def maps(rows: Sequence[Row]) -> Maps:
 def settings(folders: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Return the settings that all runs share, and those in which each run differs."""
     flat = {
-        name: _flat(OmegaConf.load(folder / CONFIG_FILE))
+        name: _flat(load_yaml(folder / CONFIG_FILE))
         for name, folder in folders.items()
         if (folder / CONFIG_FILE).is_file()
     }
@@ -192,7 +193,7 @@ def _test_features(row: Row) -> tuple[Tensor, Tensor, Sequence[str]]:
 
 
 def _data(row: Row) -> tuple[Any, Any]:
-    cfg = OmegaConf.load(row.folder / CONFIG_FILE)
+    cfg = load_yaml(row.folder / CONFIG_FILE)
     assert isinstance(cfg, DictConfig)
     data = cfg.data
     return _loaded(data.dataset, data.train_path, data.val_path, data.no_labels)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from cp_plugin.config.settings import UserError
+from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.util.paths import shipped
 
 NONE = "none"
@@ -86,10 +85,7 @@ def read(config: str) -> StudySettings:
         UserError: there is no such study, or the file has unknown keys or names.
     """
     path = _find(config)
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+    values = OmegaConf.to_container(load_yaml(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold the keys of a study, such as poisons and grid.")
     return parse({"name": path.stem, **{str(key): value for key, value in values.items()}})

@@ -7,7 +7,6 @@ finished, its result; `runs/` holds the runs' own folders.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cp_plugin.apps.study.plan import Cell
+from cp_plugin.util.whole_files import write_text
 
 PLAN_FILE = "study.json"
 FINISHED, RUNNING, FAILED, CRASHED = "finished", "running", "failed", "crashed"
@@ -90,14 +90,11 @@ def read(path: Path) -> dict[str, Any] | None:
     """Return the content of a JSON file, None where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1))

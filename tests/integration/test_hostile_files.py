@@ -1,0 +1,110 @@
+"""What is known of hostile files, case by case."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cp_plugin.apps.engine_runs import EngineRun
+from cp_plugin.apps.export import export
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.poison_file import Poison
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import image_key
+from cp_plugin.engine.checkpoints import check_checkpoint
+from cp_plugin.util.whole_files import sha256
+
+EPS = 8 / 255
+
+
+def written(folder: Path, **changed: object) -> Path:
+    """A poison file with other metadata than it should have."""
+    metadata = {"format": "1", "granularity": "sample", "eps": repr(EPS), **changed}
+    tensors = {"delta": torch.zeros(2, 3, 8, 8), "keys": torch.tensor([1, 2])}
+    file = folder / "poison.safetensors"
+    save_file(tensors, file, {key: str(value) for key, value in metadata.items() if value})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"eps": "much"}, "'much' for eps"),
+        ({"eps": None}, "'nothing' for eps"),
+        ({"granularity": "image"}, "'image' for granularity"),
+        ({"fraction": "nan"}, "'nan' for fraction"),
+        ({"images": "-3"}, "'-3' for images"),
+        ({"schedule": "[]"}, "for schedule"),
+        ({"parts": "[1]"}, "for parts"),
+        ({"granularity": "class", "classes": "[1, 2]"}, "for classes"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(tmp_path: Path, changed: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Poison.load(written(tmp_path, **changed))
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "poison.safetensors"
+    size = 1 << 40
+    delta = {"dtype": "I8", "shape": [size // 3072, 3, 32, 32], "data_offsets": [0, size]}
+    text = json.dumps({"delta": delta}).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(100))
+    with pytest.raises(UserError, match="damaged or truncated"):
+        Poison.load(file)
+
+
+def test_a_few_lines_of_yaml_that_stand_for_billions_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    (tmp_path / "config.yaml").write_text("\n".join(lines), encoding="utf8")
+    with pytest.raises(UserError, match="more values than a configuration"):
+        EngineRun(tmp_path).configuration()
+
+
+class Calls:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> object:
+        return (open, (self.file, "w"))
+
+
+def test_a_checkpoint_with_code_is_refused_before_it_runs(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "code": Calls(str(tmp_path / "written"))}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="no checkpoint of tensors and plain values"):
+        check_checkpoint(tmp_path / "a.ckpt")
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_link_in_the_folder_of_an_export_leads_nowhere(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    images = []
+    for name in ("a/0", "b/1"):
+        pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / "clean" / name).parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "clean" / f"{name}.png")
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    keys = torch.tensor([image_key(image) for image in images])
+    poison = Poison(Perturbation.zeros(2, (3, 8, 8), EPS), "sample", keys)
+    file = poison.save(tmp_path / "poison.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    export(file, tmp_path / "out", tmp_path / "clean")
+    # What an export that was interrupted would have left, and in it a link.
+    mark = tmp_path / "out" / ".cp-plugin-export"
+    mark.write_text(sha256(file), encoding="utf8")
+    (tmp_path / "out" / "b" / "1.png").unlink()
+    (tmp_path / "out" / "b").rmdir()
+    (tmp_path / "out" / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(UserError, match="by its name or by a link"):
+        export(file, tmp_path / "out", tmp_path / "clean")
+    assert not list((tmp_path / "elsewhere").iterdir())
