@@ -142,9 +142,11 @@ class Writing:
     def all(self, pictures: Sequence[Source]) -> Iterator[None]:
         """Write those that are not there yet; yield after each."""
         self._work.mkdir(parents=True, exist_ok=True)
-        pairs = enumerate(zip(pictures, names_in_out(pictures, self._format), strict=True))
         jobs = [
-            _Job(number, source.file, inside(self._out, name)) for number, (source, name) in pairs
+            _Job(number, source.file, inside(self._out, name))
+            for number, (source, name) in enumerate(
+                zip(pictures, names_in_out(pictures, self._format), strict=True)
+            )
         ]
         for made in in_threads(self._one, jobs):
             self._note(made)
