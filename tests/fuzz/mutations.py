@@ -98,12 +98,13 @@ def in_metadata(content: bytes, draw: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     texts = header["__metadata__"]
+    intact = dict(texts)
     for _ in range(draw.choice((1, 1, 3))):
         name = draw.choice(sorted(texts))
         action = draw.random()
         if action < 0.2 and len(texts) > 1:
             del texts[name]
-        elif action < 0.5 and texts[name][:1] in "[{":
+        elif action < 0.5 and texts[name] == intact[name] and texts[name][:1] in "[{":
             texts[name] = in_json(texts[name].encode(), draw).decode()
         else:
             value = draw.choice(HOSTILE)
