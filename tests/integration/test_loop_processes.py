@@ -1,4 +1,4 @@
-"""A poison crafted by a plain loop in two processes: one delta, and the one that one process makes.
+"""A poison crafted by a plain loop in several processes: one delta, that which one process makes.
 
 Not in a room of unit tests, since processes of their own are started.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from cp_plugin import PoisonLoop
 from cp_plugin.data import Photos
 
-BATCH, WORLD = 8, 2
+BATCH = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "siamese": {},
+    "momentum": {"momentum_modules": ["other0"]},
+    "class": {"granularity": "class"},
+    "joint": {"schedule": "joint"},
+    "short steps of int8": {"dtype": "int8", "step_size": 0.002},
+}
 
 
 class Online(nn.Module):
@@ -35,9 +43,10 @@ class Online(nn.Module):
         return self.net(x)
 
 
-def craft(processes: int, rank: int, momentum: bool) -> Tensor:
+def craft(processes: int, rank: int, kind: str) -> Tensor:
     """Craft in one of the processes and return delta, in the order of the images."""
     torch.manual_seed(0)
+    momentum = kind == "momentum"
     data = Photos(train=True, patches=2, transform=SimCLRTransform(input_size=32, gaussian_blur=0))
     sampler = DistributedSampler(data, processes, rank, shuffle=False)
     loader = DataLoader(data, BATCH // processes, sampler=sampler, drop_last=True)
@@ -51,7 +60,7 @@ def craft(processes: int, rank: int, momentum: bool) -> Tensor:
     poison = PoisonLoop(
         *(loader, model, slow),
         **{"rounds": 2, "model_steps": 2, "noise_steps": 2, "pgd_steps": 2},
-        **{"seed": 3, "dtype": "float32", "momentum_modules": ["other0"] if momentum else "auto"},
+        **{"seed": 3, "dtype": "float32", **KINDS[kind]},
     )
     for _ in range(4):
         for batch in poison:
@@ -65,24 +74,35 @@ def craft(processes: int, rank: int, momentum: bool) -> Tensor:
             optimizer.step()
             optimizer.zero_grad()
     assert poison.finished
-    assert len(poison.losses) == 2
+    assert len(poison.losses) == (0 if kind == "joint" else 2)
     return poison.state_dict()["tensors"]["delta"]
 
 
-def run(rank: int, folder: str, momentum: bool) -> None:
+def run(rank: int, folder: str, processes: int, kind: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.save(craft(WORLD, rank, momentum), Path(folder) / f"{rank}.pt")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
+    torch.save(craft(processes, rank, kind), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("momentum", [False, True], ids=["siamese", "momentum"])
-def test_two_processes_make_the_poison_that_one_makes(momentum: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run, args=(str(tmp_path), momentum), nprocs=WORLD)
-    deltas = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
-    assert torch.equal(*deltas)
-    alone = craft(1, 0, momentum)
+@pytest.mark.parametrize(
+    ("processes", "kind"),
+    [
+        *((2, kind) for kind in KINDS),
+        pytest.param(4, "siamese", marks=pytest.mark.slow),
+        pytest.param(4, "class", marks=pytest.mark.slow),
+        pytest.param(4, "joint", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_make_the_poison_that_one_makes(
+    processes: int, kind: str, tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(run, args=(str(tmp_path), processes, kind), nprocs=processes)
+    deltas = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for delta in deltas[1:]:
+        assert torch.equal(deltas[0], delta)
+    alone = craft(1, 0, kind)
     torch.manual_seed(0)
     assert deltas[0].abs().max() > 0
-    same = torch.isclose(deltas[0], alone, atol=1e-6)
+    same = torch.isclose(deltas[0].float(), alone.float(), atol=1e-6)
     assert same.float().mean() > 0.999
