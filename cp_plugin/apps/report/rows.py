@@ -56,11 +56,14 @@ class Row:
     """Steps, epochs, k, T and what else the run says of itself."""
 
     def __post_init__(self) -> None:
-        """Check that what is drawn are numbers.
+        """Check that names are text and that what is drawn are numbers.
 
         Raises:
             ValueError: something else was read.
         """
+        for name in (self.poison, self.victim, self.backbone, self.defence, self.surrogate or ""):
+            if not isinstance(name, str):
+                raise ValueError(f"{str(name)[:40]!r} is no name")
         points = (value for point in self.curve for value in map(point.get, ("step", *CURVES)))
         for value in (*self.accuracies.values(), *points):
             number = isinstance(value, (int, float)) and math.isfinite(value)
