@@ -92,7 +92,7 @@ def _row(cell: Cell, crafts: list[Cell]) -> dict[str, Any]:
         "distance": banks["clean"]["distance"],
         "victim_steps": result["steps"],
         "victim_epochs": result["epochs"],
-        "surrogates": len(made) or None,
+        "surrogates": sum(craft["surrogates"] for craft in made) or None,
         "surrogate_steps": sum(craft["steps"] for craft in made) or None,
         "surrogate_loss": made[-1]["train_loss"] if made else None,
         "victim_loss": result["train_loss"],

@@ -311,5 +311,6 @@ def _of_poison(poison: Poison) -> dict[str, Any]:
         "eps": poison.eps,
         "fraction": poison.fraction,
         "surrogate": poison.info.get("method"),
+        "surrogates": schedule.get("surrogates"),
         "surrogate_steps": schedule.get("surrogate_steps_done"),
     }
