@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.integrations.activation import own_application
-from cp_plugin.util.memory import keep_freed_memory
+from cp_plugin.util.memory import freed_memory_kept
 from cp_plugin.util.paths import shipped
 
 FOLDER_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
@@ -32,8 +32,7 @@ def pretrain(cfg: DictConfig, watching: Sequence[Any] = ()) -> Any:
     for name in logging.root.manager.loggerDict:
         if name.partition(".")[0] == "cp_plugin":
             logging.getLogger(name).disabled = False
-    keep_freed_memory()
-    with own_application():
+    with freed_memory_kept(), own_application():
         return run(cfg, watching)
 
 

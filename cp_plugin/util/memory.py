@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -13,6 +16,8 @@ UNLIMITED = 1 << 60
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`, by their numbers in malloc.h."""
 KEPT_BYTES = 1 << 30
+MMAP_MAX, TRIM_BYTES = 65536, 128 << 10
+"""Values of both that glibc starts with."""
 
 
 def available_bytes() -> int:
@@ -29,19 +34,28 @@ def available_bytes() -> int:
     return min(found, _left_in_group())
 
 
-def keep_freed_memory() -> None:
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
     """Let the allocator keep the memory of freed tensors for the next ones, up to 1 GiB.
 
     glibc gives blocks of a few megabytes back to the kernel as soon as they are freed, and every
     training step on a processor pays for having them mapped and zeroed anew: about a tenth of the
-    time of a small network. Only for a process of one's own; other allocators are left alone.
+    time of a small network. All that is no longer used is given back at the end. Only for a
+    process of one's own; other allocators are left alone.
     """
-    if sys.platform != "linux":
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+        gc.collect()  # a trainer and its module refer to each other
+        libc.malloc_trim(0)
 
 
 def _left_in_group() -> int:

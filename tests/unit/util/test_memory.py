@@ -46,18 +46,21 @@ def test_without_linux_a_half_of_all_memory(machine, monkeypatch):
 def test_freed_memory_is_kept_for_the_next_tensors() -> None:
     program = (
         "import resource, numpy\n"
-        "from cp_plugin.util.memory import keep_freed_memory\n"
+        "from cp_plugin.util.memory import freed_memory_kept\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(10):\n"
         "        numpy.ones(40 << 20, numpy.uint8).sum(dtype=numpy.int64)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "keep_freed_memory()\n"
-        "faults()\n"
-        "print(faults())\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "with freed_memory_kept():\n"
+        "    faults()\n"
+        "    print(faults(), resident())\n"
+        "print(faults(), resident())\n"
     )
-    found = []
-    for lines in (program, program.replace("keep_freed_memory()\n", "")):
-        done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-        found.append(int(done.stdout))
-    assert found[0] < found[1] / 2
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    kept, outside = (map(int, line.split()) for line in done.stdout.splitlines())
+    (faults, resident), (faults_outside, resident_outside) = kept, outside
+    assert faults < faults_outside / 2
+    assert resident_outside < resident - (30 << 20)
