@@ -37,6 +37,7 @@ from cp_plugin.engine.clusters import without_centres
 from cp_plugin.evaluation.metrics import knn, linear_probe
 from cp_plugin.util.provenance import command, hardware, versions
 from cp_plugin.util.run_files import RESULT_FILE
+from cp_plugin.util.seed import derived_seed
 
 log = logging.getLogger("cp_plugin")
 
@@ -66,7 +67,8 @@ def check(split: Split, work: Path, settings: Settings, poison: Poison, minutes:
         log.info("%s is there already; delete it to check again", place)
         return json.loads(place.read_text(encoding="utf8"))
     began, folder = time.perf_counter(), work / CHECK
-    settings = replace(settings, seed=settings.seed + 1, size=poison.size[0])
+    seed = derived_seed(settings.seed, "check")
+    settings = replace(settings, seed=seed, size=poison.size[0])
     caches = filled(split, folder, settings.size)
     epochs, batch = _planned(
         folder,
