@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from cp_plugin.config.settings import UserError
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import load
-from cp_plugin.engine import METHODS, build_pipeline
+from cp_plugin.engine.methods import METHODS
+from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE
 

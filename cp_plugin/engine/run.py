@@ -24,12 +24,13 @@ from cp_plugin.callbacks.selected import selected_callbacks
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
-from cp_plugin.engine import build_method, build_pipeline, complete
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.checkpoints import WholeCheckpoints, check_checkpoint
 from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.engine.methods import build_method
+from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.precision import fast_on_processor
-from cp_plugin.engine.settings import for_surrogate
+from cp_plugin.engine.settings import complete, for_surrogate
 from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions

@@ -32,8 +32,8 @@ from torch.utils.data import Subset
 from cp_plugin.apps.engine_runs import load_run
 from cp_plugin.config.settings import MonitorConfig
 from cp_plugin.data import load
-from cp_plugin.engine import build_pipeline
 from cp_plugin.engine.optimisation import build_optimizer
+from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.knn_search import QUERY_BATCH, search
 from cp_plugin.evaluation.metrics import knn, vote

@@ -30,10 +30,10 @@ from cp_plugin.data import Canonical, RawDataset, load
 from cp_plugin.data.picture_pixels import add, ending, write
 from cp_plugin.data.picture_pixels import read as read_picture
 from cp_plugin.data.png16 import write_png
-from cp_plugin.engine import build_method, complete
+from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.placement import CENTRES, SPEC, WEIGHTS, Placement
 from cp_plugin.engine.run import check
-from cp_plugin.engine.settings import plain
+from cp_plugin.engine.settings import complete, plain
 from tests.fuzz.mutations import (
     HOSTILE,
     Mutation,
@@ -43,6 +43,7 @@ from tests.fuzz.mutations import (
     in_lines,
     in_metadata,
 )
+from tests.support.hostile import WritesWhenUnpickled
 from tests.support.results import bank
 
 EPS, SIDE = 8 / 255, 16
@@ -123,16 +124,6 @@ def _read_poison(name: str, content: bytes, place: Path) -> None:
     assert torch.equal(again.perturbation.stored, poison.perturbation.stored)
 
 
-class _Calls:
-    """Runs code where it is unpickled."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return (open, (self.file, "w"))
-
-
 def checkpoints(place: Path) -> Case:
     """A checkpoint of the embedded engine, and a perturbation of the authors' code."""
     cfg = complete(compose("simclr", SMALL))
@@ -158,7 +149,7 @@ def checkpoints(place: Path) -> Case:
 
     def with_code(content: bytes, draw: Any) -> bytes:
         tree = torch.load(io.BytesIO(content), weights_only=True)
-        return _pickled({**tree, "code": _Calls("../outside")})
+        return _pickled({**tree, "code": WritesWhenUnpickled("../outside")})
 
     return Case(seeds, (in_settings, in_settings, with_code), _read_checkpoint)
 

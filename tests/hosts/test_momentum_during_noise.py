@@ -23,7 +23,7 @@ from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import Photos
 from cp_plugin.data.batch import Batch
-from cp_plugin.engine import build_method
+from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.run import check
 from cp_plugin.hosts import adapt
 from cp_plugin.mirror import mirror

@@ -15,7 +15,9 @@ from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data import Photos, RawDataset
 from cp_plugin.data.loading import moved
-from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.engine.methods import build_method
+from cp_plugin.engine.pipeline import build_pipeline
+from cp_plugin.engine.settings import complete
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.mirror import mirror
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cp_plugin.apps.hydra_app import compose
-from cp_plugin.engine import build_pipeline, complete
+from cp_plugin.engine.pipeline import build_pipeline
+from cp_plugin.engine.settings import complete
 from cp_plugin.mirror import mirror
 
 

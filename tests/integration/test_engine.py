@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.engine import METHODS, build_method, build_pipeline, complete, device_count
 from cp_plugin.engine.base import Method
+from cp_plugin.engine.methods import METHODS, build_method
 from cp_plugin.engine.optimisation import build_optimizer
-from cp_plugin.engine.pipeline import BLUR_SIGMAS
+from cp_plugin.engine.pipeline import BLUR_SIGMAS, build_pipeline
 from cp_plugin.engine.run import check
+from cp_plugin.engine.settings import complete, device_count
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 TINY = [

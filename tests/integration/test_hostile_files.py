@@ -20,6 +20,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import image_key
 from cp_plugin.engine.checkpoints import check_checkpoint
 from cp_plugin.util.whole_files import sha256
+from tests.support.hostile import WritesWhenUnpickled
 
 EPS = 8 / 255
 
@@ -69,18 +70,11 @@ def test_a_few_lines_of_yaml_that_stand_for_billions_are_refused(tmp_path: Path)
         EngineRun(tmp_path).configuration()
 
 
-class Calls:
-    """Writes a file where it is unpickled."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __reduce__(self) -> object:
-        return (open, (self.file, "w"))
-
-
 def test_a_checkpoint_with_code_is_refused_before_it_runs(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "code": Calls(str(tmp_path / "written"))}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": {}, "code": WritesWhenUnpickled(str(tmp_path / "written"))},
+        tmp_path / "a.ckpt",
+    )
     with pytest.raises(UserError, match="no checkpoint of tensors and plain values"):
         check_checkpoint(tmp_path / "a.ckpt")
     assert not (tmp_path / "written").exists()

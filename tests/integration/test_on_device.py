@@ -11,7 +11,9 @@ from torch import distributed as dist
 from cp_plugin.apps.hydra_app import compose, pretrain
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.data import Photos
-from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.engine.methods import build_method
+from cp_plugin.engine.pipeline import build_pipeline
+from cp_plugin.engine.settings import complete
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import knn
 from cp_plugin.hosts.distributed import gathered, summed

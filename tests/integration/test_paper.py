@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
-from cp_plugin.engine import build_method, build_pipeline, normalisation
+from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.optimisation import build_optimizer, build_scheduler
+from cp_plugin.engine.pipeline import build_pipeline, normalisation
 from cp_plugin.engine.run import check
 from cp_plugin.hosts.gradients import momentum_gradients
 from cp_plugin.hosts.lightning import LightningHost

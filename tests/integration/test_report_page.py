@@ -23,7 +23,8 @@ from cp_plugin.apps.study.settings import parse
 from cp_plugin.apps.study.state import FAILED, FINISHED, Folder, write
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.data import Photos
-from cp_plugin.engine import build_method, complete
+from cp_plugin.engine.methods import build_method
+from cp_plugin.engine.settings import complete
 from tests.support.results import bank
 
 VICTIMS, POISONS, SEEDS = ("simclr", "byol"), ("none", "random", "cp_class"), (0, 1)

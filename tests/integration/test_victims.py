@@ -13,7 +13,9 @@ from cp_plugin import Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
-from cp_plugin.engine import build_method, build_pipeline, complete
+from cp_plugin.engine.methods import build_method
+from cp_plugin.engine.pipeline import build_pipeline
+from cp_plugin.engine.settings import complete
 from cp_plugin.engine.supcon import supervised_contrastive
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.finetune import finetune

@@ -176,7 +176,7 @@ def _alike(rows: Sequence[Row], first: Row) -> list[Row]:
 
 def _test_features(row: Row) -> tuple[Tensor, Tensor, Sequence[str]]:
     from cp_plugin.apps.engine_runs import load_run
-    from cp_plugin.engine import build_pipeline
+    from cp_plugin.engine.pipeline import build_pipeline
     from cp_plugin.evaluation.banks import Bank
     from cp_plugin.hosts.lightning import LightningHost
     from cp_plugin.mirror import mirror

@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode as Mode
 from torchvision.transforms import v2
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.engine import build_pipeline
+from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.mirror import Operation, Params, mirror, register_op
 from cp_plugin.mirror.registry import OPS
 
