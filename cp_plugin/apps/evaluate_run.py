@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.nn import Module
 
 from cp_plugin.apps.runs import Run, run_in
 from cp_plugin.attack.inject import part
@@ -35,6 +36,9 @@ from cp_plugin.util.run_files import CONFIG_FILE, POISON_FILE
 
 log = logging.getLogger("cp_plugin")
 
+CLEAN, POISONED = "clean", "poisoned"
+"""The banks by name."""
+
 
 def poison_of(folder: Path) -> Poison | None:
     """Return the poison that a run made or was trained on, None for a clean run."""
@@ -54,6 +58,7 @@ def evaluate(
     data: Path | None = None,
     test: Path | None = None,
     finetune: float | None = None,
+    sets: Sets | None = None,
 ) -> list[dict[str, Any]]:
     """Measure an encoder by kNN, linear probe and fine-tuning on the clean and the poisoned bank.
 
@@ -66,6 +71,7 @@ def evaluate(
         data: another folder of images as the bank; None: the run's training set.
         test: another folder of images as queries; None: the run's test set.
         finetune: also fine-tune the encoder on this part of each bank's labels, in (0, 1].
+        sets: banks and queries that were read before, in place of `poison`, `data` and `test`.
 
     Returns:
         One row a bank: `bank`, `knn`, `linear`, `linear_paper` and `finetune` with their settings,
@@ -82,7 +88,9 @@ def evaluate(
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     run = run_in(folder)
     host, pipeline, cfg = run.trained(checkpoint)
-    sets = _sets(run, pipeline, cfg, poison or poison_of(folder), data, test)
+    if sets is None:
+        sets = _sets(run, pipeline, cfg, poison or poison_of(folder), data, test)
+    _accelerate(host.module)
     query_features = sets.query.features(host.encode, sets.normalize)
     rows = []
     for bank_name, bank in sets.banks.items():
@@ -91,7 +99,7 @@ def evaluate(
         row: dict[str, Any] = {"bank": bank_name}
         row["knn"] = asdict(knn(*features, k=k, temperature=temperature))
         if probe != NONE:
-            row["linear"] = asdict(linear_probe(*features, seed=cfg.seed))
+            row["linear"] = asdict(linear_probe(*features, seed=cfg.seed, device=host.device))
         if probe == PAPER:
             theirs = paper_probe(host.encode, sets.normalize, bank, sets.query, seed=cfg.seed)
             row["linear_paper"] = asdict(theirs)
@@ -102,18 +110,20 @@ def evaluate(
     if isinstance(host.module, Supervised):
         known = _own_numbers(run, cfg, sets.query, data is not None or test is not None)
         if known is not None:
-            rows[0]["classifier"] = _correct(host.module, query_features, known)
+            for row in rows:
+                if row["bank"] == CLEAN:
+                    row["classifier"] = _correct(host.module, query_features, known)
     return rows
 
 
 @torch.no_grad()
 def _correct(module: Supervised, features_MD: Tensor, labels_M: Tensor) -> float:
     """Return how many labelled images a run's own classifier gets right, in percent."""
-    right = module.classifier(features_MD).argmax(1) == labels_M
+    right = module.classifier(features_MD.to(module.device)).argmax(1).cpu() == labels_M
     return 100 * float(right[labels_M >= 0].double().mean())
 
 
-def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
+def control_curve(run: Path, sets: Sets) -> list[dict[str, Any]]:
     """Measure a clean run's encoder on a poisoned bank at every checkpoint that the run kept.
 
     Beside the curve of a victim of the poison this tells what training on it did, and what the
@@ -122,24 +132,23 @@ def control_curve(run: Path, poison: Poison) -> list[dict[str, Any]]:
     Args:
         run: the folder of a run of the embedded engine; `checkpoint.keep_prev=true` keeps all
             checkpoints, `checkpoint.frequency` epochs apart.
-        poison: of the poisoned bank.
+        sets: of a victim of the poison, whose poisoned bank is taken.
 
     Returns:
         One row a checkpoint, in the order of training: `step` and `knn_control`, percent; none
         where the run kept its last one only.
 
     Raises:
-        UserError: checkpoint, data set or poison cannot be used.
+        UserError: a checkpoint cannot be used.
     """
     files = {_step_of(file): file for file in sorted(run.glob("*.ckpt"))}
     if len(files) < 2:
         return []
     clean = run_in(run)
-    _, pipeline, cfg = clean.trained(run)
-    sets = _sets(clean, pipeline, cfg, poison, None, None)
-    bank, rows = sets.banks["poisoned"], []
+    bank, rows = sets.banks[POISONED], []
     for step, file in sorted(files.items()):
         host = clean.trained(file)[0]
+        _accelerate(host.module)
         found, query = (one.features(host.encode, sets.normalize) for one in (bank, sets.query))
         near = knn(found, bank.labels, query, sets.query.labels)
         rows.append({"step": step, "knn_control": near.accuracy})
@@ -174,12 +183,41 @@ def read_by_surrogates(
     return readability(check(cfg)[1], Poison.load(poison), steps, range(seeds))
 
 
-class _Sets(NamedTuple):
-    """What an encoder is measured on."""
+@dataclass(frozen=True)
+class Sets:
+    """What encoders are measured on; images are read once for all of them."""
 
     banks: dict[str, Bank]
+    """By name, `clean` and `poisoned`."""
     query: Bank
     normalize: Callable[[Tensor], Tensor]
+
+    @property
+    def poisoned(self) -> Sets:
+        """The same without the clean bank."""
+        return replace(self, banks={POISONED: self.banks[POISONED]})
+
+
+def sets_of(checkpoint: Path, poison: Poison | None = None) -> Sets:
+    """Read the images that a run's encoder is measured on.
+
+    Args:
+        checkpoint: a checkpoint or the folder of a run, of the embedded engine or of solo-learn.
+        poison: of the poisoned bank; None: the run's own, if it has one.
+
+    Raises:
+        UserError: checkpoint, data set or poison cannot be used.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    run = run_in(folder)
+    _, pipeline, cfg = run.trained(checkpoint)
+    return _sets(run, pipeline, cfg, poison or poison_of(folder), None, None)
+
+
+def _accelerate(module: Module) -> None:
+    """Bring an encoder to the accelerator, where there is one that training would have used."""
+    if torch.cuda.is_available():
+        module.cuda()
 
 
 def _sets(
@@ -189,18 +227,18 @@ def _sets(
     poison: Poison | None,
     data: Path | None,
     test: Path | None,
-) -> _Sets:
+) -> Sets:
     train = run.training_images(cfg) if data is None else class_folder(data, "--data")
     tests = _tests(cfg.data, data, test)
     view_mirror = mirror(pipeline)
     sizes = (view_mirror.view_size, canonical_form(train, view_mirror.resized_side).size)
     clean = Bank.clean(train, *sizes)
     query = _numbered(Bank.clean(tests, *sizes), clean, data, test)
-    banks = {"clean": clean}
+    banks = {CLEAN: clean}
     if poison is not None:
         try:
             part(train, poison, 1.0)
-            banks["poisoned"] = clean.poisoned(poison)
+            banks[POISONED] = clean.poisoned(poison)
             if data is not None and poison.owned_keys is None:
                 log.warning(
                     "the poison of whole classes is added to the images of %s for the poisoned "
@@ -213,7 +251,7 @@ def _sets(
                 raise
             # Other images may be what is asked for: exported ones are a poisoned bank themselves.
             log.warning("there is no poisoned bank of %s: %s", data, error)
-    return _Sets(banks, query, view_mirror.normalize)
+    return Sets(banks, query, view_mirror.normalize)
 
 
 def _tests(source: DictConfig, data: Path | None, test: Path | None) -> Any:

@@ -73,8 +73,9 @@ def finetune(
     chosen = _drawn(bank.labels, fraction, draw) & (bank.labels >= 0)
     rows = chosen.nonzero().flatten().tolist()
     images = torch.stack([bank.images[row] for row in rows])
-    labels = bank.labels[chosen]
-    network = _with_classifier(encoder, normalize(images[:2].float() / 255), bank, query)
+    device = next(encoder.parameters()).device
+    labels = bank.labels[chosen].to(device)
+    network = _with_classifier(encoder, normalize(images[:2].float() / 255).to(device), bank, query)
     side = images.shape[-1]
     augment = mirror(
         transforms.Compose(
@@ -96,7 +97,7 @@ def finetune(
             done = (epoch * steps + step) / (epochs * steps)
             optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * done)) / 2
             (view,) = augment(images[part].float() / 255, generator=draw)
-            loss = functional.cross_entropy(network(normalize(view)), labels[part])
+            loss = functional.cross_entropy(network(normalize(view).to(device)), labels[part])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -142,10 +143,11 @@ def _with_classifier(encoder: nn.Module, example: Tensor, bank: Bank, query: Ban
     head = nn.Linear(width, int(torch.cat([bank.labels, query.labels]).max()) + 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(body, nn.Flatten(1), head)
+    return nn.Sequential(body, nn.Flatten(1), head.to(example.device))
 
 
 def _accuracy(network: nn.Module, normalize: Callable[[Tensor], Tensor], query: Bank) -> float:
     known = query.labels >= 0
-    predicted = query.features(network, normalize).argmax(1)
+    device = next(network.parameters()).device
+    predicted = query.features(lambda images: network(images.to(device)), normalize).argmax(1)
     return 100 * float((predicted == query.labels)[known].double().mean())

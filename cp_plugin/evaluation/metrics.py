@@ -185,6 +185,7 @@ def linear_probe(
     epochs: int = 100,
     lr: float = 1.0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> LinearResult:
     """Fit a linear classifier to frozen features and test it after every epoch.
 
@@ -200,6 +201,7 @@ def linear_probe(
         epochs: passes over the training features.
         lr: learning rate at the start.
         seed: of the batches' order; the classifier starts at 0.
+        device: where it is fitted.
 
     Returns:
         Accuracy after the last epoch, and the best of all epochs.
@@ -216,16 +218,17 @@ def linear_probe(
             f"Training and test features must have one width, got {train.shape[1]} and "
             f"{test.shape[1]}; encode both with the same model."
         )
-    train, test = _standardised(train, test)
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    weight = torch.zeros(classes, train.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    train, test = (one.to(device) for one in _standardised(train, test))
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    weight = torch.zeros(classes, train.shape[1], device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=PROBE_MOMENTUM)
     order = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train) / PROBE_BATCH)
     accuracies = []
     for epoch in range(epochs):
-        shuffled = torch.randperm(len(train), generator=order)
+        shuffled = torch.randperm(len(train), generator=order).to(device)
         for step in range(steps):
             rows = shuffled[step * PROBE_BATCH : (step + 1) * PROBE_BATCH]
             done = (epoch * steps + step) / (epochs * steps)

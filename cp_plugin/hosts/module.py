@@ -139,7 +139,7 @@ class ModuleHost:
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Return features (B, D) of normalised images in eval mode."""
+        """Return features (B, D) of normalised images, wherever these are, in eval mode."""
         encoder = self.encoder()
         modes = {child: child.training for child in encoder.modules()}
         encoder.eval()
@@ -153,10 +153,10 @@ class ModuleHost:
 
 
 def _of_weights(images: Tensor, encoder: nn.Module) -> Tensor:
-    """Return images in the type of an encoder's weights: half or double where they truly are."""
+    """Return images where an encoder's weights are and in their type, half or double too."""
     weights = (weight for weight in encoder.parameters() if weight.is_floating_point())
     first = next(weights, None)
-    return images if first is None else images.to(first.dtype)
+    return images if first is None else images.to(first.device, first.dtype)
 
 
 def _is_container(network: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cp_plugin.apps.evaluate_run import control_curve, evaluate, poison_of
+from cp_plugin.apps.evaluate_run import control_curve, evaluate, poison_of, sets_of
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.config.settings import UserError
 from cp_plugin.engine.run import run
@@ -39,7 +39,7 @@ def trained(tmp_path, image_folder):
 def test_the_controls_curve_is_the_clean_encoder_at_every_checkpoint(trained):
     clean = trained("+poison=none", "max_epochs=4", "checkpoint.frequency=2", KEEP)
     poison = poison_of(trained("+poison=random", "poison.eps=64/255", "max_epochs=1"))
-    curve = control_curve(clean, poison)
+    curve = control_curve(clean, sets_of(clean, poison))
     assert [row["step"] for row in curve] == [4, 8]
     for row, name in zip(curve, ("epoch=1.ckpt", "last.ckpt"), strict=True):
         _, poisoned = evaluate(clean / name, poison, probe="none")
@@ -49,7 +49,7 @@ def test_the_controls_curve_is_the_clean_encoder_at_every_checkpoint(trained):
 def test_a_run_that_kept_only_its_last_checkpoint_has_no_curve(trained):
     clean = trained("+poison=none", "max_epochs=2", "checkpoint.frequency=1")
     poison = poison_of(trained("+poison=random", "max_epochs=1"))
-    assert control_curve(clean, poison) == []
+    assert control_curve(clean, sets_of(clean, poison)) == []
 
 
 def test_every_probe_says_its_protocol(trained):

@@ -51,20 +51,19 @@ class RunCell:
 
 
 def _work(folder: Folder, cell: Cell) -> dict[str, Any]:
-    from cp_plugin.apps.evaluate_run import control_curve, evaluate, poison_of
+    from cp_plugin.apps.evaluate_run import control_curve, evaluate, sets_of
 
     result = pretrain(compose(cell.config, [*cell.overrides, *_of_the_study(folder, cell)]))
     run = Path(result.pop("folder"))
     found = {"folder": str(run.relative_to(folder.path)), "result": result}
     if cell.kind == "craft":
         return found
-    poison = poison_of(run)
-    found["banks"] = evaluate(run, poison, probe=cell.probe)
+    sets = sets_of(run)
+    found["banks"] = evaluate(run, probe=cell.probe, sets=sets)
     if "clean" in cell.needs:
         clean = _run_of(folder, cell, "clean")
-        assert poison is not None, "a cell that needs a clean run is a victim"
-        found["control"] = evaluate(clean, poison, probe=cell.probe)[1:]
-        found["control_curve"] = control_curve(clean, poison)
+        found["control"] = evaluate(clean, probe=cell.probe, sets=sets.poisoned)
+        found["control_curve"] = control_curve(clean, sets)
     return found
 
 
