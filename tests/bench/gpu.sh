@@ -8,19 +8,21 @@
 # optional: `wheels/*.whl` (put on PYTHONPATH, without their needs), `cifar10_jpeg_{train,test}.npz`,
 # `official/` (a copy of kaiwenzha/contrastive-poisoning, timed beside a noise step), and
 # `study.tar.gz` of an earlier machine, whose finished cells stay finished.
-# BUDGET: seconds in all (840). PYTHON: the interpreter (python3). TINY=1 tries every line with tiny
-# sizes, also without a GPU. One stage that fails does not keep the others from running; the exit code
+# BUDGET: seconds in all (840). STAGES: which of them ("tests benchmarks study"). PYTHON: the
+# interpreter (python3). TINY=1 tries every line with tiny sizes, also without a GPU. One stage that fails does not keep the others from running; the exit code
 # is then 1.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 carried=$(cd "${2:-$1}" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 python=${PYTHON:-python3} tiny=${TINY:-} budget=${BUDGET:-840} failed=0
+stages=${STAGES:-tests benchmarks study}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 CP_PLUGIN_RESULTS="$out" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec > >(tee -a "$out/job.log") 2>&1
 
+wanted() { [[ " $stages " == *" $1 "* ]]; }
 left() { echo $((budget - SECONDS)); }
 stage() { # stage NAME MOST_SECONDS COMMAND…
     local name=$1 most=$2 begun=$SECONDS code
@@ -44,12 +46,14 @@ fi
 
 # 1. What depends on the device. Not in parallel: there is one.
 chosen=() && [ -n "$tiny" ] && chosen=(-k "rows or group")
-stage tests "${TESTS_SECONDS:-60}" "$python" -m pytest -q -p no:cacheprovider \
+wanted tests && stage tests "${TESTS_SECONDS:-60}" "$python" -m pytest -q -p no:cacheprovider \
     tests/integration/test_on_device.py "${chosen[@]}"
 
 # 2. Benchmarks, the authors' code beside them.
 official=() && [ -d "$carried/official" ] && official=(--official "$carried/official")
-if [ -n "$tiny" ]; then
+if ! wanted benchmarks; then
+    echo "== benchmarks: left out"
+elif [ -n "$tiny" ]; then
     stage step 300 "$python" -m tests.bench.step --precision 32 --batch 2 --rows 24 --repeats 1
     stage mirror 300 "$python" -m tests.bench.mirror --repeats 1
     stage whole 300 "$python" -m tests.bench.whole --tiny --pairs 1 \
@@ -61,6 +65,7 @@ else
 fi
 
 # 3. Cells in the order of their value; each writes its JSON when it is finished.
+wanted study || exit $failed
 study=tests/bench/gpu/cifar10.yaml
 if [ -n "$tiny" ]; then
     study=tests/bench/gpu/tiny.yaml
