@@ -3,7 +3,7 @@
 Brightness, contrast and saturation are affine in a pixel's channels: clamp(M x + k * mean(grey x)
 + b) with a 3x3 matrix M, one batched matrix product. The batch is sorted by how many of these come
 before hue, so that images of one slice share the step at which hue comes. On a processor `fused.py`
-does the same an image at a time, where Numba is installed.
+does the same an image at a time, where Numba is installed, and on a GPU `fused_device.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cp_plugin.mirror.base import (
 )
 from cp_plugin.mirror.colour import grey_weights
 from cp_plugin.mirror.hue import Analysis, rotate_hue, rotate_hue_backward
-from cp_plugin.mirror.processor import compiled, serves
+from cp_plugin.mirror.processor import compiled, serves, serves_device
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of a ColorJitter's operations."""
@@ -107,8 +107,12 @@ class ColorJitter(Operation):
         """Change the colours of the images chosen."""
         if params["ends"][0] == 0:
             return images
-        function = _FusedJitter if serves(images) else _Jitter
-        out: Tensor = function.apply(images, like(params, images.dtype))
+        function: type[torch.autograd.Function] = _Jitter
+        if serves(images):
+            function = _FusedJitter
+        elif serves_device(images):
+            function = _DeviceJitter
+        out: Tensor = function.apply(images, like(params, images.dtype))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -165,6 +169,24 @@ class _FusedJitter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         return compiled("fused").backward(images, grads[0], ctx.plan), None
+
+
+class _DeviceJitter(torch.autograd.Function):
+    """The same on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, params: Params) -> Tensor:
+        images = images.contiguous()
+        ctx.plan = compiled("fused_device").as_plan(params)
+        out, means = compiled("fused_device").forward(images, ctx.plan)
+        ctx.save_for_backward(images, means)
+        changed: Tensor = out
+        return changed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        images, means = ctx.saved_tensors
+        return compiled("fused_device").backward(images, means, grads[0], ctx.plan), None
 
 
 class _Jitter(torch.autograd.Function):

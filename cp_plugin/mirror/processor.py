@@ -1,4 +1,4 @@
-"""What the operations share that Numba compiles for a processor, where it is installed."""
+"""What the operations share that is compiled: by Numba for a processor, by Triton for a GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,24 @@ PARTS = 8
 
 @cache
 def compiled(name: str) -> Any:
-    """Return a module of this package that needs Numba, which takes a moment to import."""
+    """Return a module of this package that needs Numba or Triton and takes a moment to import."""
     return import_module(f"cp_plugin.mirror.{name}")
 
 
 @cache
-def _installed() -> bool:
-    return find_spec("numba") is not None
+def _installed(compiler: str) -> bool:
+    return find_spec(compiler) is not None
 
 
 def serves(images: Tensor) -> bool:
     """Tell whether compiled functions take these images."""
-    return images.device.type == "cpu" and images.dtype == torch.float32 and _installed()
+    return images.device.type == "cpu" and images.dtype == torch.float32 and _installed("numba")
+
+
+def serves_device(images: Tensor) -> bool:
+    """Tell whether functions compiled for a GPU take these images; torch's compiler has its own."""
+    single = images.is_cuda and images.dtype == torch.float32
+    return single and not torch.compiler.is_compiling() and _installed("triton")
 
 
 def in_threads(run: Callable[[slice], None], length: int) -> None:

@@ -85,7 +85,7 @@ def resize_weights(
 class _Separable(torch.autograd.Function):
     """rows @ images @ columns^T, optionally clamped to [0, 1] after each product.
 
-    Matrices are as large as images: they are made again in the backward pass, not kept.
+    Matrices are as large as images: on a processor they are made again in the backward pass.
     """
 
     @staticmethod
@@ -95,7 +95,9 @@ class _Separable(torch.autograd.Function):
         for part in portions(images):
             wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
             torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
-        ctx.build = build
+        # On an accelerator starting the kernels that make them costs more than keeping them.
+        made = (rows, columns) if images.device.type != "cpu" else None
+        ctx.build = build if made is None else lambda: made
         if clamp:
             out.clamp_(0, 1)
             ctx.save_for_backward(images, out)

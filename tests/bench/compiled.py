@@ -64,7 +64,7 @@ def without(run: Callable[[], Any]) -> Callable[[], Any]:
 
     def plain() -> None:
         installed = processor._installed
-        processor._installed = lambda: False  # type: ignore[assignment]
+        processor._installed = lambda compiler: False  # type: ignore[assignment]
         try:
             run()
         finally:

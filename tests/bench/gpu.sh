@@ -39,8 +39,11 @@ stage() { # stage NAME MOST_SECONDS COMMAND…
 if compgen -G "$carried/wheels/*.whl" >/dev/null; then
     stage wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --target "$work/site" "$carried"/wheels/*.whl
-    export PYTHONPATH="$work/site:$PYTHONPATH"
 fi
+# What an installation would bring: Hydra finds the configurations by a plugin.
+mkdir -p "$work/site/hydra_plugins"
+cp cp_plugin/integrations/search_path.py "$work/site/hydra_plugins/cp_plugin.py"
+export PYTHONPATH="$work/site:$PYTHONPATH"
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.cuda.is_available(),
     torch.cuda.get_device_name() if torch.cuda.is_available() else "")' || exit 2
 
@@ -59,8 +62,10 @@ elif [ -n "$tiny" ]; then
     stage whole 300 "$python" -m tests.bench.whole --tiny --pairs 1 \
         --rows "32 px, small network, batch 64"
 else
-    stage step 50 "$python" -m tests.bench.step --precision bf16 --batch 512 "${official[@]}"
-    stage whole 90 "$python" -m tests.bench.whole --precision bf16-mixed
+    stage step 60 "$python" -m tests.bench.step --precision bf16 --batch 512 --repeats 5 \
+        "${official[@]}"
+    stage whole 60 "$python" -m tests.bench.whole --precision bf16-mixed \
+        --rows "32 px, ResNet-18, batch 512"
     stage mirror 40 "$python" -m tests.bench.mirror --repeats 7
 fi
 

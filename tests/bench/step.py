@@ -78,6 +78,7 @@ def noise_phase(
     module = build_method(cfg, SIZE).to(DEVICE)
     host = LightningHost(module, raw.with_views, precision=cast)
     perturbation = Perturbation.uniform(rows, (3, SIZE, SIZE), EPS, "float16")
+    perturbation.move(DEVICE)
     own = Rows.of_samples(torch.ones(rows, dtype=torch.bool))
     config = CraftConfig(pgd_steps=1)
     attack = Attack(host, mirror(build_pipeline(cfg)).to(DEVICE), perturbation, own, config, seed=0)
