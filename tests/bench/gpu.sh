@@ -49,7 +49,7 @@ export PYTHONPATH="$work/site:$PYTHONPATH"
 
 # 1. What depends on the device. Not in parallel: there is one.
 chosen=() && [ -n "$tiny" ] && chosen=(-k "rows or group")
-wanted tests && stage tests "${TESTS_SECONDS:-60}" "$python" -m pytest -q -p no:cacheprovider \
+wanted tests && stage tests "${TESTS_SECONDS:-90}" "$python" -m pytest -q -p no:cacheprovider \
     tests/integration/test_on_device.py "${chosen[@]}"
 
 # 2. Benchmarks, the authors' code beside them.

@@ -47,11 +47,11 @@ def mirror(results: list[Result]) -> str:
         "| machine | pipeline | batch | mirror | kornia | times | processor | Pillow | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in {result["provenance"]["hardware"]: result for result in results}.values():
+    for result in {machine(result): result for result in results}.values():
         for row in result["speed"]:
             rate = row["images_per_second"]
             cells = (
-                result["provenance"]["hardware"],
+                machine(result),
                 f"{row['pipeline']}, {row['size']} px",
                 row["batch"],
                 f"{rate['mirror']:,.0f}",
@@ -144,42 +144,53 @@ def knn(results: list[Result]) -> str:
     return "\n".join([*lines, "", told, setting, source(newest)])
 
 
+def machine(result: Result) -> str:
+    """Name the hardware of a result."""
+    return str(result["provenance"]["hardware"])
+
+
 def step(results: list[Result]) -> str:
-    """A noise step of every method against its floor: the newest run in each precision."""
+    """A noise step of every method against its floor: the newest run on each machine."""
     lines = [
-        "| precision | method | seconds | floor | times the floor | authors' code | times faster |",
-        "|---|---|---|---|---|---|---|",
+        "| machine | precision | method | ms | floor | times the floor | authors' code | times "
+        "faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    newest = {result["precision"]: result for result in results}
-    for precision, result in newest.items():
+    newest = {(machine(result), result["precision"]): result for result in results}
+    for (where, precision), result in newest.items():
         for row in result["rows"]:
             theirs, faster = row["official_seconds"], row["ratio_to_official"]
             cells = (
+                where,
                 precision,
                 row["method"],
-                f"{row['seconds']:.2f}",
-                f"{row['floor_seconds']:.2f}",
+                f"{1e3 * row['seconds']:,.0f}",
+                f"{1e3 * row['floor_seconds']:,.0f}",
                 f"{row['ratio_to_floor']:.2f}",
-                "-" if theirs is None else f"{theirs:.2f}",
+                "-" if theirs is None else f"{1e3 * theirs:,.0f}",
                 "-" if faster is None else f"{faster:.1f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
-    told = [f"In {name}: {result['what']}. {source(result)}" for name, result in newest.items()]
+    told = [
+        f"{where}, {precision}: {result['what']}. {source(result)}"
+        for (where, precision), result in newest.items()
+    ]
     return "\n".join([*lines, "", "\n\n".join(told)])
 
 
 def whole(results: list[Result]) -> str:
     """Whole crafts and victims over their bare passes, and where the rest goes."""
-    newest = results[-1]
-    parts = list(newest["rows"][0]["seconds_of"])
+    newest = {machine(result): result for result in results}
+    parts = list(results[-1]["rows"][0]["seconds_of"])
     lines = [
-        f"| run | what | times the bare passes | by processor time | {' | '.join(parts)} | "
-        "loader, images a second |",
-        "|---" * (len(parts) + 5) + "|",
+        "| machine | run | what | times the bare passes | by processor time | "
+        f"{' | '.join(parts)} | loader, images a second |",
+        "|---" * (len(parts) + 6) + "|",
     ]
-    for row in newest["rows"]:
+    for where, row in ((where, row) for where, result in newest.items() for row in result["rows"]):
         spread = f"{row['times_bare_least']:.2f} to {row['times_bare_most']:.2f}"
         cells = (
+            where,
             row["row"],
             row["kind"],
             f"{row['times_bare']:.2f} ({spread})",
@@ -188,12 +199,13 @@ def whole(results: list[Result]) -> str:
             f"{row['loader_images_per_second']:,.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    first = newest["rows"][0]
-    told = (
-        f"{newest['what']}; median (least to most) of {first['pairs']} pairs, precision "
-        f"{first['precision']}; shares are of the run's time."
-    )
-    return "\n".join([*lines, "", told, source(newest)])
+    told = [
+        f"{where}: {result['what']}; median (least to most) of {result['rows'][0]['pairs']} pairs, "
+        f"precision {result['rows'][0]['precision']}; shares are of the run's time. "
+        f"{source(result)}"
+        for where, result in newest.items()
+    ]
+    return "\n".join([*lines, "", "\n\n".join(told)])
 
 
 WAYS_TO_COMPLETE = (
