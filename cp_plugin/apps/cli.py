@@ -197,8 +197,8 @@ def protect(
 
     The poison goes to OUT-poison; keep it to yourself: who has it can take it off again.
     """
-    from cp_plugin.apps.craft_plan import Settings
     from cp_plugin.apps.protect import protect as run_protect
+    from cp_plugin.apps.protect.plan import Settings
 
     if len(paths) < 2:
         raise UserError("give folders or files of pictures, and then a new folder for the result.")
@@ -226,8 +226,8 @@ def protect(
 
 def _check_enough(sources: list[Path], out: Path) -> None:
     """Check, before hours of crafting, that there are pictures enough to learn something from."""
-    from cp_plugin.apps.checked_pictures import check_enough
-    from cp_plugin.apps.protected_sources import sources_of
+    from cp_plugin.apps.protect.sources import sources_of
+    from cp_plugin.apps.protect.split import check_enough
 
     check_enough(len(sources_of(sources, out)))
 
@@ -240,11 +240,11 @@ def _check_protected(
     file_format: Any,
     minutes: float,
 ) -> None:
-    from cp_plugin.apps.checked_pictures import Split
     from cp_plugin.apps.protect import work_folder
-    from cp_plugin.apps.protect_check import CHECK, sentence
-    from cp_plugin.apps.protect_check import check as run_check
-    from cp_plugin.apps.protected_sources import sources_of
+    from cp_plugin.apps.protect.check import CHECK, sentence
+    from cp_plugin.apps.protect.check import check as run_check
+    from cp_plugin.apps.protect.sources import sources_of
+    from cp_plugin.apps.protect.split import Split
     from cp_plugin.attack.poison_file import Poison
     from cp_plugin.util.run_files import POISON_FILE
 

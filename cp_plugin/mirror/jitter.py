@@ -112,7 +112,7 @@ class ColorJitter(Operation):
             function = _FusedJitter
         elif serves_device(images):
             function = _DeviceJitter
-        out: Tensor = function.apply(images, like(params, images.dtype))  # type: ignore[no-untyped-call]
+        out: Tensor = function.apply(images, like(params, images.dtype))
         return out
 
 

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cp_plugin.apps.craft_plan import Settings
 from cp_plugin.apps.protect import protect, work_folder
+from cp_plugin.apps.protect.plan import Settings
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.util.run_files import POISON_FILE

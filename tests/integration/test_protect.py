@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from cp_plugin import Poison
-from cp_plugin.apps.craft_plan import Settings
 from cp_plugin.apps.export import export
 from cp_plugin.apps.protect import protect
+from cp_plugin.apps.protect.plan import Settings
 from cp_plugin.attack.start import start
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import FlatFolder, RawDataset

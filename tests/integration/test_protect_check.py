@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from cp_plugin import Poison
-from cp_plugin.apps.checked_pictures import Pair, Split, check_enough
 from cp_plugin.apps.cli import app
-from cp_plugin.apps.craft_plan import Settings
 from cp_plugin.apps.protect import protect
-from cp_plugin.apps.protect_check import check, sentence
-from cp_plugin.apps.protected_sources import sources_of
+from cp_plugin.apps.protect.check import check, sentence
+from cp_plugin.apps.protect.plan import Settings
+from cp_plugin.apps.protect.sources import sources_of
+from cp_plugin.apps.protect.split import Pair, Split, check_enough
 from cp_plugin.config.settings import UserError
 from tests.support.mixed_pictures import write_mixed
 
@@ -107,7 +107,7 @@ def test_too_few_pictures_are_told_before_anything_is_done() -> None:
     ],
 )
 def test_words(clean: float, protected: float, words: str) -> None:
-    from cp_plugin.apps.protect_check import judged
+    from cp_plugin.apps.protect.check import judged
 
     rows: list[dict[str, Any]] = [{"knn": clean}, {}, {"knn": protected}, {}]
     facts = {"labels": "folder", "held_out": 100, "largest_group": 25.0}

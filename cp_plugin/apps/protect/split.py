@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_plugin.apps.protected_sources import LEAST, Source, names_in_out
+from cp_plugin.apps.protect.sources import LEAST, Source, names_in_out
 from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError

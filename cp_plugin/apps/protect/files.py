@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cp_plugin.apps.craft_plan import Settings
-from cp_plugin.apps.protected_looks import (
+from cp_plugin.apps.protect.looks import (
     AMPLIFIED,
     Look,
     centre,
@@ -22,7 +21,8 @@ from cp_plugin.apps.protected_looks import (
     side_by_side,
     similarity,
 )
-from cp_plugin.apps.protected_sources import Source, names_in_out
+from cp_plugin.apps.protect.plan import Settings
+from cp_plugin.apps.protect.sources import Source, names_in_out
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key

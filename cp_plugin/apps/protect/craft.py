@@ -14,8 +14,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cp_plugin.apps.craft_plan import Plan, Settings
 from cp_plugin.apps.hydra_app import compose, pretrain
+from cp_plugin.apps.protect.plan import Plan, Settings
 from cp_plugin.apps.runs import run_in
 from cp_plugin.apps.study.cell import quoted
 from cp_plugin.attack.poison_file import MEMBERS, Poison

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.apps.checked_pictures import (
+from cp_plugin.apps.protect.craft import MEASURED_STEPS, configuration, measured, trained
+from cp_plugin.apps.protect.plan import BATCH, Settings
+from cp_plugin.apps.protect.split import (
     ORIGINALS,
     PROTECTED,
     QUERIES,
@@ -27,8 +29,6 @@ from cp_plugin.apps.checked_pictures import (
     filled,
     labels_of,
 )
-from cp_plugin.apps.craft_plan import BATCH, Settings
-from cp_plugin.apps.planned_craft import MEASURED_STEPS, configuration, measured, trained
 from cp_plugin.apps.runs import run_in
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cp_plugin.apps.craft_plan import Plan, Settings
-from cp_plugin.apps.protected_files import Writing, tell_unprotected, writing_time
-from cp_plugin.apps.protected_sources import LEAST, Source, sources_of
+from cp_plugin.apps.protect.files import Writing, tell_unprotected, writing_time
+from cp_plugin.apps.protect.plan import Plan, Settings
+from cp_plugin.apps.protect.sources import LEAST, Source, sources_of
 from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
@@ -109,7 +109,7 @@ def _crafted(
     if left < LEAST:
         raise UserError(f"only {left} of the pictures can be read, and {LEAST} are needed.")
     # Heavy: a poison that is there already needs neither Lightning nor Hydra.
-    from cp_plugin.apps.planned_craft import craft, measured_plan
+    from cp_plugin.apps.protect.craft import craft, measured_plan
 
     place = work / PLAN
     if place.is_file():
