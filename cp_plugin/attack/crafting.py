@@ -153,8 +153,8 @@ class Crafting:
             raise UserError(
                 f"no batch of the noise phase after step {step} had a loss: {self.host.method} "
                 "left all of them out, so the perturbation would stay as it started; return a loss "
-                "from training_step in eval mode too, or use longer noise phases "
-                "(poison.noise_steps)."
+                "from training_step, or give it to manual_backward, in eval mode too, or use "
+                "longer noise phases (poison.noise_steps)."
             )
         mean = float(torch.stack(losses).mean())
         if not math.isfinite(mean):

@@ -127,6 +127,8 @@ class _Step:
     """Of all losses that were shown, with respect to delta."""
     loss: Tensor | None = None
     """Their sum."""
+    fault: UserError | None = None
+    """Why a loss does not fit; another one of the step may."""
 
 
 def poisoned(images_BCHW: Tensor, delta_BCHW: Tensor, fit: Fit = "crop") -> Tensor:
@@ -269,6 +271,8 @@ class Attack:
             with self._gradients:
                 yield LossRequest(views, batch, functools.partial(self._on_loss, step))
             restore()
+            if step.fault is not None and not self._checked:
+                raise step.fault
             if step.loss is not None:
                 self._check_finite(step.loss, *at, pgd_step)
                 found.append(step.loss)
@@ -288,14 +292,23 @@ class Attack:
     ) -> None:
         """Add the gradient of a loss, by which delta then moves."""
         if not self._checked:
-            self._checked = check_momentum_gradients(self._gradients, loss, step.delta)
+            try:
+                self._checked = check_momentum_gradients(self._gradients, loss, step.delta)
+            except UserError as fault:
+                step.fault = fault
+        if not loss.requires_grad:  # of a part that is trained beside, on what is detached
+            return
         with without_torch_functions():  # meanwhile detach may do nothing
             value = loss.detach().float()
             if loss.ndim and weight is not None:
                 value = value * weight
             value = value.sum()
         asked = self.scaled(loss) if weight is None else loss
-        (gradient,) = torch.autograd.grad(asked, step.delta, weight, retain_graph=retain_graph)
+        (gradient,) = torch.autograd.grad(
+            asked, step.delta, weight, retain_graph=retain_graph, allow_unused=True
+        )
+        if gradient is None:
+            return
         step.gradient = gradient if step.gradient is None else step.gradient + gradient
         step.loss = value if step.loss is None else step.loss + value
 

@@ -33,6 +33,7 @@ from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts import adapt
+from cp_plugin.hosts.by_hand import by_hand
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import POISON_FILE
@@ -80,6 +81,10 @@ class CraftPoison(Callback):
         self._cache = cache_mode(cache)
         self._resumed: dict[str, Any] | None = None
         self._restarts: Restarts | None = None
+        self._longest: int | None = None
+        """The user's own `max_steps`, below 0 for none, where training ends by ours; else None."""
+        self._surplus = 0
+        """How many more steps the optimizers have made than there were model steps."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """End training, and with it the learning-rate schedule, after a surrogate's last round."""
@@ -91,11 +96,13 @@ class CraftPoison(Callback):
         if self.config.model_steps == EPOCH:
             loop.max_epochs = _least(loop.max_epochs, rounds)
         else:
-            steps = _least(loop.epoch_loop.max_steps, rounds * self.config.model_steps)
-            loop.epoch_loop.max_steps = steps
+            theirs = loop.epoch_loop.max_steps
+            loop.epoch_loop.max_steps = _least(theirs, rounds * self.config.model_steps)
+            if loop.epoch_loop.max_steps != theirs:
+                self._longest = theirs * (self.config.restarts + 1)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Prolong training by further surrogates.
+        """Prolong training by further surrogates, and by what the optimizers are ahead.
 
         Not sooner, since the first one's schedule is as long as one surrogate is trained, and not
         later, since a run that is resumed past the first surrogate's end would be taken as over.
@@ -103,6 +110,7 @@ class CraftPoison(Callback):
         if self.config.restarts:
             initial = (self._resumed or {}).get("initial")
             self._restarts = Restarts(trainer, pl_module, self.config.restarts, initial)
+        self._prolong((self._resumed or {}).get("surplus", 0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the data set, build the attack and start feeding poisoned, mirrored views."""
@@ -186,7 +194,7 @@ class CraftPoison(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count optimiser steps; when a model phase is over, run the noise phase.
+        """Count model steps; when a model phase is over, run the noise phase.
 
         Raises:
             UserError: the loss of the step is not finite.
@@ -194,9 +202,8 @@ class CraftPoison(Callback):
         found = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(found, Tensor):
             self.crafting.check_loss(found)
-        if trainer.global_step == self._steps_seen:  # gradients are still being accumulated
+        if not self._model_step_done(pl_module):
             return
-        self._steps_seen = trainer.global_step
         if isinstance(found, Tensor):
             pl_module.log("cp_model_loss", found.detach(), prog_bar=True, batch_size=1)
         self.attack.check_moved(f"{type(pl_module).__name__}.training_step")
@@ -204,7 +211,7 @@ class CraftPoison(Callback):
             noise_loss = self._noise_phase(trainer, pl_module)
             pl_module.log("cp_noise_loss", noise_loss, prog_bar=True, batch_size=1)
         if self._restarts is not None:
-            self._restarts.after_step()
+            self._restarts.after_step(self.schedule.steps_done)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison."""
@@ -236,6 +243,7 @@ class CraftPoison(Callback):
             return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
+            "surplus": self._surplus,
             "resumption": self._resumption.state(),
             "snapshot": snapshot.save(
                 self.folder,
@@ -284,7 +292,27 @@ class CraftPoison(Callback):
     def _noise_phase(self, trainer: Any, pl_module: Any) -> Tensor:
         raw = itertools.islice(self._batches, self.schedule.noise_steps)
         on_device = (moved(batch, pl_module.device) for batch in raw)
-        return self.crafting.noise_phase(on_device, trainer.global_step)
+        return self.crafting.noise_phase(on_device, self.schedule.steps_done)
+
+    def _model_step_done(self, pl_module: Any) -> bool:
+        """Whether the batch that is over was a model step, and not one of several of a step.
+
+        A module that optimises by hand has several optimizers step in one batch, or none: each of
+        its training steps is a model step.
+        """
+        steps = self._trainer.global_step - self._steps_seen
+        if steps == 0 and not by_hand(pl_module):  # gradients are still being accumulated
+            return False
+        self._steps_seen += steps
+        self._prolong(steps - 1)
+        return True
+
+    def _prolong(self, surplus: int) -> None:
+        """Let training last longer by optimiser steps that are no model steps of their own."""
+        self._surplus += surplus
+        if surplus and self._longest is not None:
+            loop = self._trainer.fit_loop.epoch_loop
+            loop.max_steps = _least(self._longest, loop.max_steps + surplus)
 
 
 def _checkpoint_folders(trainer: Any) -> list[Path]:

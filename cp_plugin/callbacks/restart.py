@@ -36,24 +36,36 @@ class Restarts:
         """Optimiser steps of one surrogate."""
         if hasattr(module, "schedule_steps"):
             module.schedule_steps = self.steps
-        self._stretch(count + 1)
+        self._single = self._limits
+        self._limits = tuple(_times(count + 1, limit) for limit in self._single)
 
-    def after_step(self) -> None:
-        """Begin anew where a surrogate's steps are over; call after every optimiser step."""
-        done = self._trainer.global_step
+    def after_step(self, done: int) -> None:
+        """Begin anew where a surrogate's steps are over; call after every model step.
+
+        Args:
+            done: model steps so far, of all surrogates.
+        """
         if done % self.steps or done >= self.steps * (self._count + 1):
             return
         self._module.load_state_dict(self.initial)
-        self._stretch(1 / (self._count + 1))  # the schedule of one surrogate asks for its length
+        whole, self._limits = self._limits, self._single  # a schedule asks for its length
         try:
             self._trainer.strategy.setup_optimizers(self._trainer)
         finally:
-            self._stretch(self._count + 1)
+            self._limits = whole
         log.info("crafting: new surrogate after %d steps", done)
 
-    def _stretch(self, factor: float) -> None:
+    @property
+    def _limits(self) -> tuple[int | None, ...]:
+        """The trainer's limits: epochs and optimiser steps; below 1 or None: none."""
         loop = self._trainer.fit_loop
-        if loop.max_epochs is not None and loop.max_epochs > 0:
-            loop.max_epochs = round(loop.max_epochs * factor)
-        if loop.epoch_loop.max_steps > 0:
-            loop.epoch_loop.max_steps = round(loop.epoch_loop.max_steps * factor)
+        return loop.max_epochs, loop.epoch_loop.max_steps
+
+    @_limits.setter
+    def _limits(self, limits: tuple[int | None, ...]) -> None:
+        loop = self._trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = limits
+
+
+def _times(factor: int, limit: int | None) -> int | None:
+    return limit * factor if limit is not None and limit > 0 else limit

@@ -128,7 +128,7 @@ class CraftTap(CraftErrorMin):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count optimiser steps.
+        """Count model steps.
 
         Raises:
             UserError: the loss of the step is not finite.
@@ -136,7 +136,8 @@ class CraftTap(CraftErrorMin):
         found = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(found, Tensor):
             self.crafting.check_loss(found)
-        self.schedule.steps_done = trainer.global_step
+        if self._model_step_done(pl_module):
+            self.schedule.steps_done += 1
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Mislead the network after its last epoch: before the checkpoint that ends training."""

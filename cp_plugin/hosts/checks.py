@@ -58,15 +58,9 @@ def check_module(module: Any, views: int) -> None:
         views: number of views that its transform makes of an image.
 
     Raises:
-        UserError: it optimises by hand, takes the loader's iterator, or masks its images.
+        UserError: it takes the loader's iterator, or masks its images.
     """
     name = type(module).__name__
-    if not getattr(module, "automatic_optimization", True):
-        raise UserError(
-            f"{name} optimises by hand (automatic_optimization=False, as several optimizers need "
-            "it); its training_step would train in the noise phase. Return the loss from "
-            "training_step and use one optimizer, with parameter groups where rates differ."
-        )
     step = getattr(module, "training_step", None)
     if step is not None and "dataloader_iter" in inspect.signature(step).parameters:
         raise UserError(

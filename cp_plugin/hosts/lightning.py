@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.by_hand import by_hand, handing_over
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.module import ModuleHost
-from cp_plugin.hosts.protocol import answer
+from cp_plugin.hosts.protocol import LossRequest, answer
 from cp_plugin.util.internals import trainer_of
 
 BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -48,7 +49,8 @@ class LightningHost(ModuleHost):
 
         Args:
             module: a LightningModule of either import root; its `training_step` takes the batch of
-                its own loader, views first, and returns the loss or a dict with `loss`.
+                its own loader, views first, and returns the loss or a dict with `loss`, or hands
+                its losses to `manual_backward`.
             with_views: puts views into a collated sample, see `RawDataset.with_views`.
             momentum_modules: names of the momentum branch's modules, or `auto`.
             precision: makes the context that casts as the trainer does.
@@ -74,8 +76,8 @@ class LightningHost(ModuleHost):
             views: number of views of an image.
 
         Raises:
-            UserError: it optimises by hand, reads its loader itself, or its method compares no two
-                views (masked modelling, I-JEPA).
+            UserError: it reads its loader itself, or its method compares no two views (masked
+                modelling, I-JEPA).
         """
         check_module(self.module, views)
 
@@ -100,18 +102,21 @@ class LightningHost(ModuleHost):
         answer(self.branch.detecting(self.method, views, batch, labels), self)
         return self.branch.known
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
-        """Return the loss of the module's own `training_step` on these views.
+    def show(self, request: LossRequest) -> None:
+        """Show the losses of the module's own `training_step`, each as it is handed over."""
+        if not by_hand(self.module):
+            super().show(request)
+            return
+        with handing_over(self.module, request.on_loss):
+            self._step(request.views, request.batch)
 
-        None: it returned none, so that this batch is left out.
+    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
+        """Return the loss that the module's own `training_step` returns on these views.
+
+        None: it returned none, so that this batch is left out. A module that optimises by hand
+        hands its losses over instead, see `show`.
         """
-        module: Any = self.module
-        if batch.images is not self._images:
-            self._images, self._number = batch.images, self._number + 1
-        # The trainer stands still meanwhile; a step that treats batches by number must see others.
-        index = (_batch_index(module, self._number),) if self._takes_index else ()
-        with self._precision(), self.branch.readers_detached():
-            output = module.training_step(self._own_batch(views, batch), *index)
+        output = self._step(views, batch)
         if output is None:
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -121,6 +126,16 @@ class LightningHost(ModuleHost):
                 f"got {type(output).__name__}."
             )
         return loss
+
+    def _step(self, views: Sequence[Tensor], batch: Batch) -> Any:
+        """Run the module's own `training_step` on views and return what it returns."""
+        module: Any = self.module
+        if batch.images is not self._images:
+            self._images, self._number = batch.images, self._number + 1
+        # The trainer stands still meanwhile; a step that treats batches by number must see others.
+        index = (_batch_index(module, self._number),) if self._takes_index else ()
+        with self._precision(), self.branch.readers_detached():
+            return module.training_step(self._own_batch(views, batch), *index)
 
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         """Return the batch as the module gets it from its trainer, its own hooks included."""

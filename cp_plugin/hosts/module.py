@@ -14,7 +14,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.branch import Branch
 from cp_plugin.hosts.momentum import find_momentum_modules, inside
 from cp_plugin.hosts.observe import named_networks
-from cp_plugin.hosts.protocol import LossRequests
+from cp_plugin.hosts.protocol import Host, LossRequests
 
 ENCODER_NAMES = (
     (
@@ -26,7 +26,7 @@ ENCODER_NAMES = (
 """What encoders are called: names that mean it first, wherever they stand, then names that may."""
 
 
-class ModuleHost:
+class ModuleHost(Host):
     """A module that owns a method, but for the way to its loss."""
 
     framework = "pytorch"

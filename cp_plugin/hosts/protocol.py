@@ -39,6 +39,12 @@ class Host(Protocol):
         """
         ...
 
+    def show(self, request: LossRequest) -> None:
+        """Compute the loss that is asked for and show it; a host may show several, which add up."""
+        loss = self.loss(request.views, request.batch)
+        if loss is not None:
+            request.on_loss(loss)
+
     def momentum_modules(self) -> Sequence[nn.Module]:
         """Return the modules of the momentum branch; empty when the method has none."""
         ...
@@ -84,6 +90,4 @@ def answer(requests: LossRequests, host: Host) -> None:
     """Let a host compute the losses that are asked for."""
     with closing(requests):  # type: ignore[type-var]
         for request in requests:
-            loss = host.loss(request.views, request.batch)
-            if loss is not None:
-                request.on_loss(loss)
+            host.show(request)

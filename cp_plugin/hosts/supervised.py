@@ -11,7 +11,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.protocol import LossRequests
+from cp_plugin.hosts.protocol import LossRequest, LossRequests
 
 
 class SupervisedHost(LightningHost):
@@ -24,7 +24,7 @@ class SupervisedHost(LightningHost):
             views: number of views of an image; one is enough.
 
         Raises:
-            UserError: it optimises by hand, reads its loader itself, or masks its images.
+            UserError: it reads its loader itself, or masks its images.
         """
         check_module(self.module, max(2, views))
 
@@ -42,7 +42,7 @@ class SupervisedHost(LightningHost):
 
 
 class AdversarialHost(SupervisedHost):
-    """A trained classifier that a perturbation is to mislead: minimising `loss` misleads it.
+    """A trained classifier that a perturbation is to mislead: minimising what it shows does.
 
     Source: Fowl et al., "Adversarial Examples Make Strong Poisons", NeurIPS 2021, section 3.
     """
@@ -50,10 +50,16 @@ class AdversarialHost(SupervisedHost):
     target_classes: int | None = None
     """Number of classes, for the cross-entropy with the next class; None: away from the own one."""
 
-    def loss(self, views: Sequence[Tensor], batch: Batch) -> Tensor | None:
-        """Return the cross-entropy with the next class, or the own class's with a minus."""
-        found = super().loss(views, batch)
-        return -found if found is not None and self.target_classes is None else found
+    def show(self, request: LossRequest) -> None:
+        """Show the cross-entropy with the next class, or the own class's with a minus."""
+
+        def misleads(
+            loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False
+        ) -> None:
+            request.on_loss(-loss, weight, retain_graph)
+
+        away = self.target_classes is None
+        super().show(request._replace(on_loss=misleads) if away else request)
 
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         own = super()._own_batch(views, batch)

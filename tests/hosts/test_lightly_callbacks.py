@@ -197,12 +197,6 @@ class Refused(online(lightning.pytorch)):
         return self.loss(batch)
 
 
-class Manual(Refused):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Masked(Refused):
     def __init__(self):
         super().__init__()
@@ -246,7 +240,6 @@ class Nothing(Refused):
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        (Manual, r"Manual optimises by hand .*use one optimizer"),
         (Masked, r"Masked has MAE's MaskedVisionTransformerDecoder: .* hidden parts of one view"),
         (Supervised, r"the loss of Supervised depends on the labels .* leave the supervised term"),
         (Attached, r"the loss of Attached depends on the labels"),

@@ -378,14 +378,6 @@ def test_a_changed_snapshot_is_refused(data, tmp_path):
         again.fit(simclr(lightning.pytorch), loader(data), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_a_module_that_optimises_by_hand_is_refused(data, tmp_path):
-    module = simclr(lightning.pytorch)
-    module.automatic_optimization = False
-    craft = CraftPoison(rounds=1, model_steps=1, noise_steps=1)
-    with pytest.raises(UserError, match="optimises by hand"):
-        trainer(lightning.pytorch, tmp_path, craft).fit(module, loader(data))
-
-
 def test_unlabelled_monitors_are_refused(image_folder, tmp_path):
     from cp_plugin.data import FlatFolder
 

@@ -48,7 +48,7 @@ class Net(nn.Module):
         return self.head(self.layers(x))
 
 
-class PlainHost:
+class PlainHost(Host):
     """The smallest host: the distance of two views' features."""
 
     framework, method = "test", "distance"
