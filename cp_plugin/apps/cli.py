@@ -149,10 +149,10 @@ def export(
         Path | None, typer.Option(help="Clean images; default: the run's own data set.")
     ] = None,
 ) -> None:
-    """Write the poisoned images as an image folder of 8-bit PNG files."""
+    """Write the images with their poison as an image folder of 8-bit PNG files."""
     from cp_plugin.apps.export import export as write
 
-    print(f"{write(poison, out, data)} poisoned images in {out}")
+    print(f"{write(poison, out, data)} images in {out}")
 
 
 @app.command()

@@ -48,7 +48,8 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     Names are those of the images relative to their folder, with the ending `.png`, which follows
     the own one where two files differ by that only; images that are no files of their own are
     `<class>/<row>.png`. Transparency and the colour profile are kept, and pictures are upright.
-    What has no row, cannot be read or is animated is left out and named in the log. An export that
+    What has no row, cannot be read or is animated is left out and named in the log, and so is what
+    carries no perturbation, such as images outside the part that a poison is for. An export that
     was interrupted goes on where it was. With `fit: cover` files keep their own size, mode, depth
     and orientation (see `cp_plugin.data.picture_pixels`).
 
@@ -72,6 +73,8 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     add = AddPoison(poison, names if poison.needs_labels else None)
     left_out: dict[Path, str] = {}
     resized: dict[Path, str] = {}
+    clean: dict[Path, str] = {}
+    everything = poison.fraction == 1 and not poison.needs_labels
     covering = poison.fit == "cover"
     raw, skipped = _readable(dataset, None if covering else poison.size)
     written = 0
@@ -86,20 +89,23 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
         if file is not None and _is_animated(source):
             left_out[source] = "animated"
             continue
-        if not (out / name).exists():
+        if not (everything and (out / name).exists()):
             try:
                 if row < skipped:
                     raise SampleError("unreadable")
                 label = -1 if known is None else int(known[row])
                 made = _at_own_size if covering else _at_size_of_poison
-                save = made(add, raw, row - skipped, label, file)
+                save, changed = made(add, raw, row - skipped, label, file)
             except SampleError as error:
                 missing = "no row" in str(error)
                 left_out[source] = "the poison has no row for it" if missing else "unreadable"
                 continue
-            if not mark.is_file():
-                write_text(mark, sha256(poison_file))
-            _write(inside(out, name), save)
+            if not changed:
+                clean[source] = "outside the poison" if label >= 0 or known is None else "no label"
+            if not (out / name).exists():
+                if not mark.is_file():
+                    write_text(mark, sha256(poison_file))
+                _write(inside(out, name), save)
         if not covering and file is not None and (size := _size(source)) != poison.size:
             resized[source] = f"{size[0]} x {size[1]}"
         written += 1
@@ -110,6 +116,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
         )
     mark.unlink(missing_ok=True)
     tell_left_out(out, left_out)
+    tell_left_out(out, clean, "as they were, without a perturbation")
     tell_left_out(out, resized, "resized and cropped to {} x {}".format(*poison.size))
     return written
 
@@ -150,6 +157,8 @@ def _started(poison_file: Path, out: Path) -> Path:
 
 Save = Callable[[Path], None]
 """Writes a picture to a path."""
+Made = tuple[Save, bool]
+"""What writes a picture, and whether it carries a perturbation."""
 
 
 def _write(path: Path, save: Save) -> None:
@@ -157,7 +166,7 @@ def _write(path: Path, save: Save) -> None:
         save(partial)
 
 
-def _at_own_size(add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None) -> Save:
+def _at_own_size(add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None) -> Made:
     """Return what writes an image as large as it is, and all that its file has.
 
     Raises:
@@ -167,19 +176,21 @@ def _at_own_size(add: AddPoison, raw: RawDataset, row: int, label: int, file: st
     grid = Canonical(poison.size, poison.fit)
     if file is None:
         image = raw[row].image
-        made = to_pil_image(add(image, image_key(grid(image)), label))
-        return lambda path: made.save(path, "PNG")
+        key = image_key(grid(image))
+        made = to_pil_image(add(image, key, label))
+        return lambda path: made.save(path, "PNG"), add.changes(key, label)
     try:
         picture, canonical = read(Path(file), grid)
     except CannotProtect as error:
         raise SampleError(str(error)) from error
-    change(picture, add.row(image_key(canonical), label), poison.eps)
-    return lambda path: write(picture, path)
+    key = image_key(canonical)
+    change(picture, add.row(key, label), poison.eps)
+    return lambda path: write(picture, path), add.changes(key, label)
 
 
 def _at_size_of_poison(
     add: AddPoison, raw: RawDataset, row: int, label: int, file: str | None
-) -> Save:
+) -> Made:
     """Return what writes an image of the poison's size, and what its file has beside colours.
 
     Raises:
@@ -200,7 +211,7 @@ def _at_size_of_poison(
         if turned != 1:
             picture.getexif()[ORIENTATION] = turned
             picture = ImageOps.exif_transpose(picture)
-    return lambda path: picture.save(path, "PNG", **kept)
+    return lambda path: picture.save(path, "PNG", **kept), add.changes(item.key, label)
 
 
 def _is_animated(file: Path) -> bool:

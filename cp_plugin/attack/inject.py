@@ -63,6 +63,14 @@ class AddPoison:
         """
         return self.poison.apply(images_BCHW, self._rows(keys, labels))
 
+    def changes(self, key: int, label: int) -> bool:
+        """Tell whether an image carries a perturbation, as one outside a part of a poison does not.
+
+        Raises:
+            SampleError: a poison of single images or of clusters has no row for it.
+        """
+        return bool(self._rows([key], [label])[0] >= 0)
+
     def row(self, key: int, label: int) -> Tensor:
         """Return the delta of one image, float32 (C, h, w), zero where it carries none.
 

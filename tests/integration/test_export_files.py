@@ -14,10 +14,11 @@ from PIL import Image, ImageCms, ImageOps
 
 from cp_plugin import Poison
 from cp_plugin.apps import export as module
-from cp_plugin.apps.export import export
+from cp_plugin.apps.export import UNFINISHED, export
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import FlatFolder, Photos, RawDataset, load
+from cp_plugin.util.whole_files import sha256
 
 LEVELS = 8
 
@@ -210,3 +211,24 @@ def test_new_images_are_named_and_other_images_refused(
     with pytest.raises(UserError, match="no row for any of the 1 images"):
         export(poison, tmp_path / "none", others)
     assert not (tmp_path / "none").exists()
+
+
+def test_images_that_carry_no_perturbation_are_named(
+    pixels: list[np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for number in range(4):
+        Image.fromarray(pixels[number]).save(folder / f"{number}.png")
+    whole = Poison.load(poison_for(folder, tmp_path / "whole.safetensors"))
+    assert whole.keys is not None
+    whole.part(0.5, whole.keys, None).save(tmp_path / "half.safetensors")
+    for _ in range(2):  # a second time, as after an interruption
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "cp_plugin"):
+            assert export(tmp_path / "half.safetensors", out, folder) == 4
+        (out / UNFINISHED).write_text(sha256(tmp_path / "half.safetensors"))
+        clean = [n for n in range(4) if not off(out / f"{n}.png", pixels[n])]
+        assert len(clean) == 2
+        named = ", ".join(f"{number}.png (outside the poison)" for number in clean)
+        assert f"2 files of {out} are as they were, without a perturbation: {named}" in caplog.text
