@@ -23,6 +23,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.fit import keeping_grey
 from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
+from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import Host, LossRequest, LossRequests, answer
 from cp_plugin.hosts.running import RunningMomentum
 from cp_plugin.mirror import Mirror
@@ -247,7 +248,7 @@ class Attack:
         """Keep the host as it is during a noise phase; gives what undoes the traces of a step."""
         running = RunningMomentum(self.host) if self.config.runs_momentum else None
         with preserve_state(self.host.module) as guard:
-            self.host.module.eval()
+            hold_still(self.host.module)
             yield guard.restore if running is None else running.kept(guard.restore)
             if running is not None:
                 running.take()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.image import Canonical, is_grey, like
+from cp_plugin.data.pipelines import IMAGE, takes_samples
 from cp_plugin.data.raw import RawDataset
 from cp_plugin.data.slots import elements
 from cp_plugin.util.random_state import random_state_kept
@@ -32,10 +33,14 @@ def channels_made(transform: Any, image: Any) -> set[int]:
     """
     steps = transform if isinstance(transform, list) else [transform]
     try:
-        made = [image if step is None else step(image) for step in steps]
+        made = [image if step is None else _called(step, image) for step in steps]
     except Exception:  # a user's transform may raise anything, and will when it is used
         return set()
     return set(_channels(made))
+
+
+def _called(transform: Any, image: Any) -> Any:
+    return transform({IMAGE: image} if takes_samples(transform) else image)
 
 
 def _channels(made: Any) -> Iterator[int]:

@@ -227,7 +227,8 @@ def _place_of_labels(
         UserError: it may be any of several.
     """
     named = [place for place in columns if place and place[-1] in LABEL_KEYS]
-    choice = named if len(named) == 1 else list(columns)
+    same = all(columns[place] == columns[named[0]] for place in named)  # one for each view
+    choice = named[:1] if named and same else list(columns)
     if len(choice) == 1:
         return choice[0]
     if not listed:

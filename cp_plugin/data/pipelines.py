@@ -46,6 +46,11 @@ WITH_GRIDS = (LIGHTLY + "image_grid_transform.ImageGridTransform",)
 """Classes that return views, then for each where its pixels were in the image."""
 
 
+SPT = "stable_pretraining.data.transforms."
+IMAGE = "image"
+"""Where stable-pretraining's transforms find the image in the sample that they are given."""
+
+
 class InARow:
     """Transforms that a host's class calls one after another."""
 
@@ -53,11 +58,19 @@ class InARow:
         self.transforms = transforms
 
 
+def takes_samples(host: Any) -> bool:
+    """Whether a transform is called on a whole sample, a dictionary, and not on its image."""
+    return dotted_name(type(host)).startswith(SPT)
+
+
 def view_pipelines(host: Any) -> list[object] | None:
     """Return the host's pipeline of each view, or None where it makes one view only."""
     if isinstance(host, (list, tuple)):
         return [view for item in host for view in view_pipelines(item) or [item]]
     name = dotted_name(type(host))
+    if name == SPT + "MultiViewTransform":
+        views = host.transforms
+        return list(views.values() if host.is_keys_specified else views)
     if name in ONE_IN_A_LIST:
         return [host.transform]
     if _inherits_call(type(host), WITH_GRIDS):
@@ -83,6 +96,11 @@ def view_form(host: Any) -> Any:
     """
     if isinstance(host, (list, tuple)):
         return None
+    if dotted_name(type(host)) == SPT + "MultiViewTransform":
+        numbers = range(len(host.transforms))
+        if host.is_keys_specified:
+            return dict(zip(host.transforms, numbers, strict=True))
+        return {"views": list(numbers)}
     calls = _calls_of(host)
     if calls is None or isinstance(calls.form, _Number):
         return None
@@ -118,7 +136,7 @@ def _inherits_call(cls: type, names: tuple[str, ...]) -> bool:
     return False
 
 
-LIBRARIES = ("torchvision.transforms.", LIGHTLY, SOLO)
+LIBRARIES = ("torchvision.transforms.", LIGHTLY, SOLO, SPT)
 NOT_COPIED = (type, list, tuple, FunctionType, MethodType, functools.partial)
 LOOKS = 4
 """How often a user's class is called: one that chooses by chance is not followed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.cache import Cache, CachedRows
 from cp_plugin.data.image import Canonical, Size, image_key, is_image
 from cp_plugin.data.kept import still_held
-from cp_plugin.data.pipelines import grid_sides, view_form, view_pipelines
+from cp_plugin.data.pipelines import IMAGE, grid_sides, takes_samples, view_form, view_pipelines
 from cp_plugin.util.random_state import random_state_kept
 
 MOST_VIEWS = 16
@@ -331,8 +331,24 @@ class ProbeOf:
                 "called on the image alone; keep one pipeline of torchvision, Lightly or "
                 "solo-learn in `self.transform` and return `self.transform(image)`."
             )
-        mark = markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
+        if takes_samples(self._transform):
+            return self._in_samples(image)
+        mark = self._mark(image)
         return mark if self._form is None else markers.rebuilt(self._form, mark.part)
+
+    def _mark(self, image: Any) -> markers.ViewMarker:
+        return markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
+
+    def _in_samples(self, sample: Mapping[str, Any]) -> Any:
+        """Return a sample for each view, the marks in place of their images."""
+        mark = self._mark(sample[IMAGE])
+        if self._form is None:
+            return {**sample, IMAGE: mark}
+
+        def with_part(value: Any) -> Any:
+            return {**sample, IMAGE: mark[value]} if isinstance(value, int) else value
+
+        return markers.rebuilt(self._form, with_part)
 
 
 def transform_not_called(dataset: Any, row: int) -> str:

@@ -19,6 +19,7 @@ from cp_plugin.data.channels import check_channels
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
+from cp_plugin.data.pipelines import IMAGE, takes_samples
 from cp_plugin.data.raw import RawDataset, SampleError, images_in, read, transform_not_called
 from cp_plugin.data.slots import rebuilt
 
@@ -299,6 +300,8 @@ class ChangedFirst:
 
     def __call__(self, image: Any) -> Any:
         """Return the transform's result on the changed image."""
+        if takes_samples(self._transform):
+            return self._transform({**image, IMAGE: self._change(image[IMAGE])})  # type: ignore[misc]
         changed = self._change(image)
         return changed if self._transform is None else self._transform(changed)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.modes import reads_flag
 from cp_plugin.hosts.solo_learn import SoloHost, is_solo
+from cp_plugin.hosts.stable_pretraining import SptHost
 
 
 def adapt(module: Any, *arguments: Any) -> LightningHost:
@@ -20,4 +22,6 @@ def adapt(module: Any, *arguments: Any) -> LightningHost:
 
 def host_class(module: Any) -> type[LightningHost]:
     """Return the kind of host that a LightningModule needs, by the framework it belongs to."""
+    if reads_flag(module):
+        return SptHost
     return SoloHost if is_solo(module) else LightningHost

@@ -14,6 +14,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.hosts.gradients import MomentumGradients, preserve_state
 from cp_plugin.hosts.lineage import tensors_in
+from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
 
 MASKED = {
@@ -139,7 +140,7 @@ def _gradient(
             ]
 
     with preserve_state(gradients.module), torch.enable_grad():
-        gradients.module.eval()
+        hold_still(gradients.module)
         with gradients:
             yield LossRequest([leaf.clone() for leaf in leaves], batch, on_loss)
 

@@ -104,7 +104,7 @@ class LightningHost(ModuleHost):
 
     def show(self, request: LossRequest) -> None:
         """Show the losses of the module's own `training_step`, each as it is handed over."""
-        if not by_hand(self.module):
+        if not self._hands_over():
             super().show(request)
             return
         with handing_over(self.module, request.on_loss):
@@ -129,13 +129,20 @@ class LightningHost(ModuleHost):
 
     def _step(self, views: Sequence[Tensor], batch: Batch) -> Any:
         """Run the module's own `training_step` on views and return what it returns."""
-        module: Any = self.module
         if batch.images is not self._images:
             self._images, self._number = batch.images, self._number + 1
         # The trainer stands still meanwhile; a step that treats batches by number must see others.
-        index = (_batch_index(module, self._number),) if self._takes_index else ()
+        index = (_batch_index(self.module, self._number),) if self._takes_index else ()
         with self._precision(), self.branch.readers_detached():
-            return module.training_step(self._own_batch(views, batch), *index)
+            return self._training_step(self._own_batch(views, batch), *index)
+
+    def _training_step(self, batch: Any, *index: int) -> Any:
+        module: Any = self.module
+        return module.training_step(batch, *index)
+
+    def _hands_over(self) -> bool:
+        """Whether the module hands its losses over, and returns none."""
+        return by_hand(self.module)
 
     def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
         """Return the batch as the module gets it from its trainer, its own hooks included."""

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.attributes import FRAMEWORKS
 from cp_plugin.hosts.lineage import graph_above, graph_below, nodes_from, tensors_in
+from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
 from cp_plugin.hosts.state import preserve_state
 from cp_plugin.util.internals import TRAINER_NAMES, is_compiled, registered, version
@@ -104,7 +105,7 @@ def observing(
     networks = named_networks(module)
     units = {id(u): u for network in networks.values() for u in units_in(network)}
     with preserve_state(module, freeze=False), torch.enable_grad():
-        module.eval()
+        hold_still(module)
         own = {id(p) for p in module.parameters()} | {
             id(p) for unit in units.values() for p in unit.parameters()
         }

@@ -17,6 +17,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.gradients import MomentumGradients, preserve_state
 from cp_plugin.hosts.lineage import dependent_in, graph_below
+from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
 from cp_plugin.util.internals import tree_map, without_torch_functions
 
@@ -256,7 +257,7 @@ def _nudged(
                 probe.slopes = [a + b for a, b in zip(before, part.tolist(), strict=True)]
 
     with preserve_state(gradients.module), torch.enable_grad():
-        gradients.module.eval()
+        hold_still(gradients.module)
         nudge = _InputNudge if probe.of_inputs else _OutputNudge
         gradients.nudges[id(network)] = nudge(probe, steps)
         with gradients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import lightning.pytorch
@@ -14,7 +13,6 @@ from lightly.models.utils import update_momentum
 from lightly.transforms.simclr_transform import SimCLRTransform
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from cp_plugin import CraftPoison, Poison
@@ -23,9 +21,8 @@ from cp_plugin.callbacks.supervised import CraftTap
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
 from tests.support.lightly_modules import online, with_momentum
-from tests.support.lightly_suite import state_of
+from tests.support.watched import Watched
 
-BACKWARD = Tensor.backward
 ROOTS = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -195,37 +192,6 @@ def test_several_losses_of_a_step_add_up(tmp_path, monkeypatch):
     by_hand, automatic = gradients
     assert automatic.abs().sum() > 0
     torch.testing.assert_close(by_hand, automatic, rtol=1e-3, atol=1e-7 * len(automatic))
-
-
-def everything(trainer: Any, module: Any) -> dict[str, Any]:
-    """Return copies of all that a noise phase might change in a module and its trainer."""
-    optimizers = [*trainer.strategy._lightning_optimizers, *trainer.optimizers]
-    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return {
-        "module": state_of(module),
-        "names": [sorted(vars(o)) for o in (module, trainer.strategy, *optimizers, *schedules)],
-        "optimizers": copy.deepcopy([o.state_dict() for o in trainer.optimizers]),
-        "schedules": copy.deepcopy([schedule.state_dict() for schedule in schedules]),
-        "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
-        "steps": trainer.global_step,
-    }
-
-
-class Watched(CraftPoison):
-    """Compares module and trainer before and after each noise phase."""
-
-    phases = 0
-
-    def _noise_phase(self, trainer: Any, pl_module: Any) -> Tensor:
-        before = everything(trainer, pl_module)
-        loss = super()._noise_phase(trainer, pl_module)
-        after = everything(trainer, pl_module)
-        for name in before:
-            for was, now in zip(tree_leaves(before[name]), tree_leaves(after[name]), strict=True):
-                assert torch.equal(was, now) if isinstance(was, Tensor) else was == now, name
-        assert Tensor.backward is BACKWARD
-        self.phases += 1
-        return loss
 
 
 @pytest.mark.parametrize("build", [simclr, byol, two_optimizers])

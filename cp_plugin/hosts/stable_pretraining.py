@@ -1,0 +1,51 @@
+"""stable-pretraining's modules: the loss of their `forward`, never the step that they make of it.
+
+Nothing of stable-pretraining is imported: a module is recognised by the class it inherits from.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from cp_plugin.config.settings import UserError
+from cp_plugin.hosts.lightning import LightningHost
+
+STAGE = "fit"
+"""What `forward` is told where it trains."""
+
+
+class SptHost(LightningHost):
+    """An `spt.Module` behind the protocol of `cp_plugin.hosts.protocol.Host`.
+
+    Its `training_step` optimises by hand, by the one loss that `forward` returns; so that one is
+    asked for, and nothing has to stand still.
+    """
+
+    framework = "stable-pretraining"
+
+    def __init__(self, module: Any, *arguments: Any) -> None:
+        """Wrap a module; the arguments are those of `LightningHost`."""
+        super().__init__(module, *arguments)
+        name = _name_of(module.forward)
+        self.method = type(module).__name__ if name == "forward" else name
+
+    def _hands_over(self) -> bool:
+        return False
+
+    def _training_step(self, batch: Any, *index: int) -> Any:
+        if not isinstance(batch, dict):
+            raise UserError(
+                f"{self.method} expected its batches to be dictionaries, as the data sets of "
+                f"stable-pretraining give them, got {type(batch).__name__}."
+            )
+        return self.module(batch | {"batch_idx": index[0]}, stage=STAGE)
+
+
+def _name_of(forward: Any) -> str:
+    """Return the name of a forward function; online probes wrap it and keep it as a default."""
+    function = getattr(forward, "__func__", forward)
+    wrapped = [
+        v for v in getattr(function, "__defaults__", None) or () if isinstance(v, MethodType)
+    ]
+    return _name_of(wrapped[0]) if wrapped else str(getattr(function, "__name__", "forward"))

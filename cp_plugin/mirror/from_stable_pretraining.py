@@ -1,0 +1,93 @@
+"""Operations for stable-pretraining's transforms, which take and return a sample, a dictionary.
+
+Nearly all are torchvision's with a key of the sample that they read and write, and some with a
+probability.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cp_plugin.mirror.from_torchvision
+import cp_plugin.mirror.from_torchvision_rare  # noqa: F401  (their rules are taken over)
+from cp_plugin.config.settings import UserError
+from cp_plugin.data.pipelines import IMAGE, SPT
+from cp_plugin.mirror.base import ImageFormat, Operation
+from cp_plugin.mirror.blur import PillowBlur
+from cp_plugin.mirror.containers import Identity, RandomApply
+from cp_plugin.mirror.registry import RULES, Rule, Translator, rule
+
+AS_TORCHVISION = {
+    **dict.fromkeys(("RandomResizedCrop", "Resize", "CenterCrop", "RandomCrop"), "_geometry"),
+    **dict.fromkeys(("RandomHorizontalFlip", "RandomVerticalFlip"), "_geometry"),
+    **dict.fromkeys(("RandomGrayscale", "RandomSolarize", "RandomEqualize"), "_color"),
+    **dict.fromkeys(("RandomInvert", "RandomPosterize", "RandomAutocontrast"), "_color"),
+    "RandomAdjustSharpness": "_color",
+}
+"""Classes that do what torchvision's of the same name do, and the module of v2 with those."""
+WITH_PROBABILITY = {"ColorJitter": "_color", "GaussianBlur": "_misc"}
+"""The same with a `p` of their own."""
+
+
+def on_image(found: Rule) -> Rule:
+    """Return a rule that refuses a transform of another part of the sample than its image."""
+
+    def checked(host: Any, translator: Translator) -> Operation:
+        if (host.source, host.target) != (IMAGE, IMAGE):
+            raise UserError(
+                f"{type(host).__name__} expected source and target {IMAGE!r}, got {host.source!r} "
+                f"and {host.target!r}: the mirror follows the image of a sample alone."
+            )
+        return found(host, translator)
+
+    return checked
+
+
+def with_probability(found: Rule) -> Rule:
+    """Return a rule for a transform that is applied to a part of the images."""
+
+    def some(host: Any, translator: Translator) -> Operation:
+        inner = found(host, translator)
+        return inner if host.p == 1 else RandomApply(inner, float(host.p), type(host).__name__)
+
+    return some
+
+
+for _name, _module in AS_TORCHVISION.items():
+    RULES[SPT + _name] = on_image(RULES[f"torchvision.transforms.v2.{_module}.{_name}"])
+for _name, _module in WITH_PROBABILITY.items():
+    RULES[SPT + _name] = on_image(
+        with_probability(RULES[f"torchvision.transforms.v2.{_module}.{_name}"])
+    )
+
+
+@rule(SPT + "Compose")
+def compose(host: Any, translator: Translator) -> Operation:
+    """Translate a Compose."""
+    return translator.sequence(host.args, "Compose")
+
+
+@rule(SPT + "RGB")
+@on_image
+def rgb(host: Any, translator: Translator) -> Operation:
+    """Translate an RGB: images have three channels before they are mirrored."""
+    return Identity("RGB")
+
+
+@rule(SPT + "PILGaussianBlur")
+@on_image
+@with_probability
+def pillow_blur(host: Any, translator: Translator) -> Operation:
+    """Translate a PILGaussianBlur."""
+    return PillowBlur((float(host.sigma[0]), float(host.sigma[1])), "PILGaussianBlur")
+
+
+@rule(SPT + "ToImage")
+@on_image
+def to_image(host: Any, translator: Translator) -> Operation:
+    """Translate a ToImage: to bytes, to another dtype, normalised."""
+    if translator.format is ImageFormat.PILLOW:
+        translator.format = ImageFormat.BYTES
+    return translator.sequence(
+        [step for step in host.t.transforms[1:] if type(step).__name__ != "RGB"], "ToImage"
+    )
