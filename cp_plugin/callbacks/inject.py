@@ -14,6 +14,7 @@ from cp_plugin.attack.noise import NoiseConfig, sample_noise
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import CANONICAL, POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import Exchange, LoaderHooks, check_batches, training_loader
+from cp_plugin.callbacks.resumption import Resumption
 from cp_plugin.config.settings import (
     CacheMode,
     CleanConfig,
@@ -220,19 +221,39 @@ class MirrorViews(Callback):
         """
         super().__init__()
         self._cache = cache_mode(cache)
+        self._resumption: Resumption | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: the place in the order of the images."""
+        return {} if self._resumption is None else self._resumption.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint with the images that would have come."""
+        self._resumed = state_dict or None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place after whatever else acts on images."""
         if stage == "fit":
             prepare_fit(trainer)
 
-    @random_state_kept()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the transform off the data set and put its mirror behind the loader.
 
         Raises:
             UserError: the transform has no mirror.
         """
+        self._start(trainer, pl_module)
+        self._resumption = Resumption(trainer, training_loader(trainer), self._hooks.order)
+        self._resumption.on_train_start(self._resumed)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the first epoch after a resume begin as it would have."""
+        if self._resumption is not None:
+            self._resumption.on_train_epoch_start()
+
+    @random_state_kept()
+    def _start(self, trainer: Any, pl_module: Any) -> None:
         loader = training_loader(trainer)
         dataset = loader.dataset
         whole = RawDataset(dataset, None)

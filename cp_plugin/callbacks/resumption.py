@@ -25,14 +25,16 @@ NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch e
 class Resumption:
     """What a checkpoint needs of the random numbers and the loader, and what takes it up again."""
 
-    def __init__(self, trainer: Any, loader: DataLoader[Any], order: Order, noise: Endless) -> None:
+    def __init__(
+        self, trainer: Any, loader: DataLoader[Any], order: Order, noise: Endless | None = None
+    ) -> None:
         """Bind the parts.
 
         Args:
             trainer: a Lightning trainer.
             loader: its training loader.
-            order: of the model phase.
-            noise: the batches of the noise phase.
+            order: of the training batches.
+            noise: the batches of the noise phase, if there is one.
         """
         self._trainer, self._loader, self._order, self._noise = trainer, loader, order, noise
         self._saved: dict[str, Any] | None = None
@@ -46,7 +48,7 @@ class Resumption:
             "generators": self._order.generators(),
             "used": used,
             "order": self._order.state(used),
-            "noise": self._noise.state(),
+            "noise": None if self._noise is None else self._noise.state(),
         }
 
     def on_train_start(self, saved: dict[str, Any] | None) -> None:
@@ -68,7 +70,7 @@ class Resumption:
             self._restore(saved)  # the iterator was there already when the state was saved
         elif not self._trainer.fit_loop.restarted_mid_epoch:
             self._saved = saved
-        if saved["noise"] is not None:
+        if saved["noise"] is not None and self._noise is not None:
             self._noise.restore(saved["noise"])
         if saved["order"] is not None:
             warnings.filterwarnings("ignore", NOT_RESUMABLE)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -92,25 +90,6 @@ def test_private_interfaces_are_in_one_module() -> None:
 
 def test_nothing_of_a_library_is_replaced_for_the_whole_process() -> None:
     assert architecture.assigned_in_libraries() == []
-
-
-IMPORTS = [
-    *[
-        (name, ("torch", "faiss", "timm", "lightning", "lightly", "matplotlib"))
-        for name in ("cp_plugin", "hydra_plugins.cp_plugin", "cp_plugin.apps.cli")
-    ],
-    *[
-        (name, ("lightning", "pytorch_lightning", "hydra", "lightly"))
-        for name in ("cp_plugin.loop", "cp_plugin.apps.protect")
-    ],
-]
-
-
-@pytest.mark.parametrize(("module", "heavy"), IMPORTS, ids=[name for name, _ in IMPORTS])
-def test_importing_loads_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
-    program = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules], end='')"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (found.stdout, found.stderr) == ("[]", "")
 
 
 def test_public_names_are_there() -> None:
