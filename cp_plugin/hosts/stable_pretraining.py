@@ -10,6 +10,7 @@ from typing import Any
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.util.internals import trainer_of
 
 STAGE = "fit"
 """What `forward` is told where it trains."""
@@ -29,6 +30,29 @@ class SptHost(LightningHost):
         super().__init__(module, *arguments)
         name = _name_of(module.forward)
         self.method = type(module).__name__ if name == "forward" else name
+
+    def check(self, views: int) -> None:
+        """Check that the module's loss can be minimised over a perturbation.
+
+        Args:
+            views: number of views of an image.
+
+        Raises:
+            UserError: as of `LightningHost`, or batches are augmented once more by a
+                `gpu_transform`.
+        """
+        super().check(views)
+        trainer: Any = trainer_of(self.module)
+        where = [getattr(trainer, "datamodule", None), getattr(trainer, "train_dataloader", None)]
+        while (inside := getattr(where[-1], "dataset", None)) is not None:
+            where.append(inside)
+        for owner in where:
+            if getattr(owner, "gpu_transform", None) is not None:
+                raise UserError(
+                    f"{type(owner).__name__} has a gpu_transform, which augments batches behind "
+                    "the views that the mirror makes; let its `transform` make the views, of "
+                    "stable-pretraining's own transforms, and set gpu_transform=None."
+                )
 
     def _hands_over(self) -> bool:
         return False

@@ -100,8 +100,32 @@ def byol() -> Any:
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
-    """Its default callbacks write into the working folder."""
+    """Its default callbacks write into the working folder and into its cache."""
+    before = spt.get_config().cache_dir
     monkeypatch.chdir(tmp_path)
+    spt.set(cache_dir=str(tmp_path / "cache"))
+    yield
+    spt.set(cache_dir=before)
+
+
+def vicreg() -> Any:
+    return spt.Module(
+        forward=forward.vicreg,
+        backbone=backbone(),
+        projector=nn.Linear(8, 8),
+        vicreg_loss=spt.losses.VICRegLoss(),
+        optim={"optimizer": {"type": "SGD", "lr": 0.01}},
+    )
+
+
+def barlow_twins() -> Any:
+    return spt.Module(
+        forward=forward.barlow_twins,
+        backbone=backbone(),
+        projector=nn.Linear(8, 8),
+        barlow_loss=spt.losses.BarlowTwinsLoss(lambd=5e-3),
+        optim={"optimizer": {"type": "SGD", "lr": 0.01}},
+    )
 
 
 TRAINER: dict[str, Any] = {
@@ -133,7 +157,11 @@ def probed(module: Any) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "branch"), [(simclr, "none"), (byol, "backbone.teacher, projector.teacher")]
+    ("method", "branch"),
+    [
+        *((method, "none") for method in (simclr, vicreg, barlow_twins)),
+        (byol, "backbone.teacher, projector.teacher"),
+    ],
 )
 def test_a_poison_is_crafted(method, branch, tmp_path, caplog):
     """Beside their own callbacks, whose state and the module's a noise phase leaves alone."""
@@ -216,7 +244,7 @@ def named_views() -> Any:
     return spt.Module(forward=named, backbone=backbone(), optim={"optimizer": {"type": "SGD"}})
 
 
-@pytest.mark.parametrize("method", [simclr, byol])
+@pytest.mark.parametrize("method", [simclr, byol, vicreg, barlow_twins])
 def test_the_gradient_is_that_of_finite_differences(method, double_precision):
     """Through both branches."""
     torch.manual_seed(0)
@@ -303,6 +331,13 @@ def test_the_mirror_draws_as_for_torchvisions_own():
     )
     assert torch.equal(made, expected)
     assert not torch.equal(made, pixels)
+
+
+def test_a_second_augmentation_on_the_device_is_refused(tmp_path):
+    data = photos()
+    data.gpu_transform = nn.Identity()
+    with pytest.raises(UserError, match="FromTorchDataset has a gpu_transform"):
+        fit(simclr(), data, CraftPoison(**CRAFT))
 
 
 def test_other_parts_of_a_sample_are_refused():
