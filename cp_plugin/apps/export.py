@@ -36,7 +36,7 @@ from cp_plugin.data.raw import UNREADABLE
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
 from cp_plugin.util.run_files import CONFIG_FILE
-from cp_plugin.util.whole_files import sha256, write_text, written_whole
+from cp_plugin.util.whole_files import clear_partial, sha256, write_text, written_whole
 
 UNFINISHED = ".cp-plugin-export"
 """Lies in a folder while it is written, and names the poison: the same command goes on there."""
@@ -144,6 +144,7 @@ def _started(poison_file: Path, out: Path) -> Path:
         UserError: the folder holds something else.
     """
     mark = out / UNFINISHED
+    clear_partial(out)
     if not out.exists() or not any(out.iterdir()):
         return mark
     if not mark.is_file():

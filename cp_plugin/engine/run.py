@@ -35,7 +35,7 @@ from cp_plugin.engine.whitening import fit_whitening
 from cp_plugin.mirror import mirror
 from cp_plugin.util.provenance import command, hardware, versions
 from cp_plugin.util.run_files import CHECKPOINT, CONFIG_FILE, RESULT_FILE
-from cp_plugin.util.whole_files import write_text
+from cp_plugin.util.whole_files import clear_partial, write_text
 
 log = logging.getLogger("cp_plugin")
 
@@ -183,6 +183,7 @@ def _folder(
     existing = [folder for folder in earlier if folder.is_dir()]
     if cfg.auto_resume.enabled and existing:
         newest = existing[-1]
+        clear_partial(newest)
         if (newest / RESULT_FILE).is_file():
             return newest, None, json.loads((newest / RESULT_FILE).read_text(encoding="utf8"))
         checkpoint = newest / f"{CHECKPOINT}.ckpt"

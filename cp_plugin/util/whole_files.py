@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,11 @@ SENTENCE = (
     "command again: what was finished before is intact."
 )
 
+HERE = re.sub(r"\W", "", platform.node()) or "here"
+"""This machine, in the names of files that are being written: others may share the disk."""
+PARTIAL = re.compile(rf"\..+\.{HERE}-(\d+)(\.\w+)?")
+"""Names of files that are being written here, with the process that writes them."""
+
 
 class NoRoom(OSError):
     """A disk is full, or a file may not be as large; the text is a sentence for the user."""
@@ -38,7 +45,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         NoRoom: there is no room; what was at the path stays.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{HERE}-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -52,6 +59,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what processes of this machine that were killed had begun to write below a folder."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            found = PARTIAL.fullmatch(name)
+            if found and not _runs(int(found[1])):
+                Path(place, name).unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.picture_cache import CACHE, Filling
 from cp_plugin.data.picture_pixels import FileFormat
 from cp_plugin.util.run_files import POISON_FILE
-from cp_plugin.util.whole_files import write_text
+from cp_plugin.util.whole_files import clear_partial, write_text
 
 log = logging.getLogger("cp_plugin")
 
@@ -59,6 +59,8 @@ def protect(
     work = work_folder(out)
     pictures = sources_of(sources, out)
     _check_place(out, work, poison_file)
+    for folder in (out, work):
+        clear_partial(folder)
     if poison_file is None:
         poison_file = _crafted(pictures, work, settings, skip_unreadable, started)
     poison = Poison.load(poison_file)

@@ -17,6 +17,7 @@ from cp_plugin.apps.study.state import PLAN_FILE, Folder
 from cp_plugin.apps.study.state import write as write_json
 from cp_plugin.config.settings import UserError
 from cp_plugin.util.run_files import RESULT_FILE
+from cp_plugin.util.whole_files import clear_partial
 
 __all__ = ["run_here", "study"]
 
@@ -64,6 +65,7 @@ def _run(
             f"another process is at work in {folder.path}; wait for it, or choose another --out."
         ) from None
     with lock:
+        clear_partial(folder.path)
         started = time.time()
         _write_plan(folder, settings, cells)
         watch = (WatchHere if here else Watch)(folder, cells, tuple(launcher))
