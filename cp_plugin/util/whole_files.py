@@ -71,7 +71,7 @@ def clear_partial(folder: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    if os.name == "nt":  # where asking would end it
+    if os.name == "nt":  # where a signal would end it
         return True
     try:
         os.kill(process, 0)
