@@ -43,8 +43,9 @@ def main(folder: Path, ran_at: str | None = None) -> None:
     planned = json.loads((folder / PLAN_FILE).read_text())
     files = sorted((folder / "cells").glob("*.json"))
     states = {file.stem: json.loads(file.read_text()) for file in files}
-    cells = {name: cell for name, cell in states.items() if cell["status"] == "finished"}
-    names = dict.fromkeys([*states, *(cell["name"] for cell in planned["cells"])])
+    names = dict.fromkeys([*(cell["name"] for cell in planned["cells"]), *states])
+    finished = (name for name in names if states.get(name, {}).get("status") == "finished")
+    cells = {name: states[name] for name in finished}
     left = {name: states.get(name, {}).get("status", "not begun") for name in names}
     name = planned["settings"]["name"]
     versions = provenance(PACKAGES)

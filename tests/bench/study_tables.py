@@ -12,6 +12,8 @@ from cp_plugin.apps.study.settings import NONE
 from tests.bench.provenance import source
 
 Result = dict[str, Any]
+NAMED = 3
+"""Cells without a result that are named."""
 STUDY_MEASURES = ("linear_clean", "knn_clean", "knn_poisoned", "knn_control")
 CURVES = {
     "knn_clean_bank": "clean bank",
@@ -60,7 +62,10 @@ def _setting(result: Result) -> str:
 
 def _missing(result: Result) -> list[str]:
     missing = [f"`{name}`: {reason}" for name, reason in result["unfinished"].items()]
-    return ["Without a result: " + "; ".join(missing) + "."] if missing else []
+    if not missing:
+        return []
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    return ["Without a result: " + "; ".join(missing[:NAMED]) + f"{more}."]
 
 
 def reproduction(results: list[Result]) -> str:
@@ -211,9 +216,9 @@ def _cost_and_gap(poison: str, costs: list[Result], gaps: list[Any], steps: list
 def _defended(rows: list[Row]) -> list[str]:
     """Return a line a defence and victim, and the undefended ones of the same seeds before them."""
     defended = [row for row in rows if row.defence != NONE]
-    if not defended:
-        return []
     poisons = [name for name in dict.fromkeys(row.poison for row in defended) if name != NONE]
+    if not poisons:
+        return []
     seeds = sorted({row.seed for row in defended})
     lines = [
         f"**under a defence, seed {', '.join(map(str, seeds))}**: linear probe / kNN on the clean "
