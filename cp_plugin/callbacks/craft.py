@@ -227,10 +227,16 @@ class CraftPoison(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there was nothing to train on.
 
+        A run that was killed between its last checkpoint and the poison has nothing left to train,
+        so that training never starts; its poison is written all the same.
+
         Raises:
             UserError: the training loader brings no batch.
         """
         check_batches(trainer)
+        if self._resumed is not None and not hasattr(self, "crafting"):
+            self._start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give module and loader their own back when training breaks off."""

@@ -312,8 +312,25 @@ class NoisePoison(InjectPoison):
         Raises:
             UserError: the noise needs labels and there are none.
         """
+        self._draw(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw the noise where a run that was resumed had nothing left to train.
+
+        Raises:
+            UserError: the training loader brings no batch.
+        """
+        super().on_fit_end(trainer, pl_module)
+        if self._noise is None:
+            self._draw(trainer)
+            path = Path(self._folder or run_folder(trainer)) / POISON_FILE
+            if trainer.is_global_zero and not path.exists():
+                self.poison().save(path)
+
+    @random_state_kept()
+    def _draw(self, trainer: Any) -> None:
         dataset = training_loader(trainer).dataset
         resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
         size = canonical_size(dataset, resized_side, self.config.image_size, self.config.fit)
         self._noise = self._whole = sample_noise(dataset, size, self.config, run_seed())
-        super().on_train_start(trainer, pl_module)

@@ -119,7 +119,7 @@ class CraftTap(CraftErrorMin):
         steps = max(1, int(trainer.estimated_stepping_batches))
         batches = -(-len(loader.dataset) // batch_size_of(loader))  # type: ignore[arg-type]
         done = self.schedule.steps_done
-        self._misled = False
+        self._misled = bool((self._resumed or {}).get("misled"))
         self.crafting.schedule = Schedule(1, steps, batches, self._chosen.pgd_steps, done)
 
     def _check_length(self, trainer: Any) -> None:
@@ -143,6 +143,12 @@ class CraftTap(CraftErrorMin):
         """Mislead the network after its last epoch: before the checkpoint that ends training."""
         if self.schedule.finished:
             self._mislead(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write whether the network was misled beside the rest of the state."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if "cp_plugin" in checkpoint:
+            checkpoint["cp_plugin"]["misled"] = self._misled
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the poison; where training was stopped early, mislead the network first."""

@@ -117,8 +117,12 @@ def forget_iterators(loader: DataLoader[Any]) -> None:
 
 
 def remake_fetcher(trainer: Any) -> None:
-    """Make Lightning's iterator anew: the first epoch's is made before any callback can look."""
-    iter(trainer.fit_loop._data_fetcher)
+    """Make Lightning's iterator anew: the first epoch's is made before any callback can look.
+
+    There is none where nothing is left to train.
+    """
+    if trainer.fit_loop._data_fetcher is not None:
+        iter(trainer.fit_loop._data_fetcher)
 
 
 def finish_epoch(trainer: Any) -> None:
