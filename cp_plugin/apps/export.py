@@ -48,8 +48,9 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     Names are those of the images relative to their folder, with the ending `.png`, which follows
     the own one where two files differ by that only; images that are no files of their own are
     `<class>/<row>.png`. Transparency and the colour profile are kept, and pictures are upright.
-    What has no row, cannot be read or is animated is left out and named in the log, and so is what
-    carries no perturbation, such as images outside the part that a poison is for. An export that
+    What has no row, cannot be read or is animated is left out and named in the log; what carries no
+    perturbation, such as images outside the part that a poison is for, is written as it is and
+    named too. An export that
     was interrupted goes on where it was. With `fit: cover` files keep their own size, mode, depth
     and orientation (see `cp_plugin.data.picture_pixels`).
 
