@@ -5,13 +5,15 @@ from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
 from cp_plugin.callbacks.monitor import KNNMonitor
-from cp_plugin.callbacks.supervised import CraftErrorMin, CraftTap
+from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
 
 inject = injection.inject
 """Bound last: importing the module of this name would put the module in its place."""
 
 __all__ = [
     "CanonicalImages",
+    "CraftAap",
+    "CraftAue",
     "CraftErrorMin",
     "CraftPoison",
     "CraftTap",

@@ -57,7 +57,8 @@ class CraftPoison(Callback):
     """
 
     config_class: type[AlternationConfig] = CraftConfig
-    crafting_class: type[Crafting] = Crafting
+    kind = "cp"
+    """What the poison file calls the poison."""
     acts_on_images = (POISON, VIEWS)
 
     def __init__(
@@ -136,9 +137,10 @@ class CraftPoison(Callback):
         host.check(view_mirror.views)
         self._host = host
         seed = run_seed() if self.config.seed is None else self.config.seed
-        self.crafting = self.crafting_class(
+        self.crafting = Crafting(
             host, view_mirror, raw, self.config, seed, self.folder, self._resumed
         )
+        self.crafting.kind = self.kind
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
         if scaler is not None:
             self.attack.scaled = scaler.scale

@@ -12,8 +12,15 @@ from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews, NoisePoison
 from cp_plugin.callbacks.monitor import Journal, KNNMonitor
-from cp_plugin.callbacks.supervised import CraftErrorMin, CraftTap
-from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
+from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
+from cp_plugin.config.baselines import (
+    AapConfig,
+    AueConfig,
+    ErrorMinConfig,
+    RandomConfig,
+    SyntheticConfig,
+    TapConfig,
+)
 from cp_plugin.config.selection import CRAFTED, Selection
 from cp_plugin.config.settings import CraftConfig, InjectConfig, UserError
 
@@ -21,7 +28,9 @@ AUGMENT = ("mirror", "host")
 CRAFTERS: dict[type[Any], type[CraftPoison]] = {
     CraftConfig: CraftPoison,
     ErrorMinConfig: CraftErrorMin,
+    AueConfig: CraftAue,
     TapConfig: CraftTap,
+    AapConfig: CraftAap,
 }
 
 

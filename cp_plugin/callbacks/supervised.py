@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.attack.crafting import Crafting
 from cp_plugin.attack.loop import Schedule
 from cp_plugin.callbacks.base import prepare_fit
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import training_loader
-from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
+from cp_plugin.config.baselines import AapConfig, AueConfig, ErrorMinConfig, TapConfig
 from cp_plugin.config.settings import AlternationConfig, CacheMode, UserError, given
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.loading import batch_size_of, moved
@@ -21,14 +20,6 @@ from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.supervised import AdversarialHost, SupervisedHost
 
 log = logging.getLogger("cp_plugin")
-
-
-class _ErrorMinCrafting(Crafting):
-    kind = "error_min"
-
-
-class _TapCrafting(Crafting):
-    kind = "tap"
 
 
 class CraftErrorMin(CraftPoison):
@@ -42,7 +33,7 @@ class CraftErrorMin(CraftPoison):
     """
 
     config_class: type[AlternationConfig] = ErrorMinConfig
-    crafting_class: type[Crafting] = _ErrorMinCrafting
+    kind = "error_min"
     host_class: type[SupervisedHost] = SupervisedHost
 
     def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
@@ -54,11 +45,25 @@ class CraftErrorMin(CraftPoison):
         known = labels(raw.dataset)
         if known is None or not bool((known >= 0).any()):
             raise UserError(
-                f"a poison made on a supervised surrogate ({self.crafting_class.kind}) needs "
+                f"a poison made on a supervised surrogate ({self.kind}) needs "
                 "labelled images and this data set has no labels; use labelled data or +poison=cp."
             )
         context = trainer.precision_plugin.train_step_context
         return self.host_class(pl_module, raw.with_views, (), context, trainer)
+
+
+class CraftAue(CraftErrorMin):
+    """Craft error-minimising noise through contrastive augmentations, in whole epochs.
+
+    The augmentations are those of the module's own loader; `configs/poison/aue.yaml` has the
+    paper's.
+
+    Source: Wang, Zhu, Gao, "Efficient Availability Attacks against Supervised and Contrastive
+    Learning Simultaneously", NeurIPS 2024.
+    """
+
+    kind = "aue"
+    config_class = AueConfig
 
 
 class CraftTap(CraftErrorMin):
@@ -70,10 +75,12 @@ class CraftTap(CraftErrorMin):
     Source: Fowl et al., "Adversarial Examples Make Strong Poisons", NeurIPS 2021.
     """
 
-    crafting_class = _TapCrafting
+    kind = "tap"
     host_class = AdversarialHost
 
     config_class = AlternationConfig
+    settings_class = TapConfig
+    """The settings that a user gives, of which `config` is made."""
 
     def __init__(
         self, config: TapConfig | None = None, cache: CacheMode = "auto", **settings: Any
@@ -83,12 +90,12 @@ class CraftTap(CraftErrorMin):
         Args:
             config: the settings; None: made of `settings`.
             cache: whether images are read once, see `cp_plugin.data.read_once`.
-            settings: those of `cp_plugin.config.baselines.TapConfig`, by name.
+            settings: those of `settings_class`, by name.
 
         Raises:
             UserError: an unknown name or a value out of range.
         """
-        self._chosen = given(TapConfig, config, settings)
+        self._chosen = given(self.settings_class, config, settings)
         super().__init__(self._chosen.alternation(), cache)
         self._misled = False
 
@@ -106,7 +113,7 @@ class CraftTap(CraftErrorMin):
         """
         if trainer.world_size > 1:
             raise UserError(
-                f"tap is crafted by one process, got {trainer.world_size}; set devices=1."
+                f"{self.kind} is crafted by one process, got {trainer.world_size}; set devices=1."
             )
         host = super().adapted(trainer, pl_module, raw)
         assert isinstance(host, AdversarialHost)
@@ -159,7 +166,7 @@ class CraftTap(CraftErrorMin):
         if self._misled or self.path.exists():
             return
         loss = self.crafting.noise_phase(self._every_image(trainer, pl_module), 0)
-        log.info("tap: mean loss of the misled surrogate %.4f", loss)
+        log.info("%s: mean loss of the misled surrogate %.4f", self.kind, loss)
         self._misled = True
         # Where training was stopped early, the one model phase was so much shorter.
         self.schedule.model_steps = max(1, self.schedule.steps_done)
@@ -172,6 +179,20 @@ class CraftTap(CraftErrorMin):
         )
         for batch in loader:
             yield moved(batch, pl_module.device)
+
+
+class CraftAap(CraftTap):
+    """Mislead a module that was trained under contrastive augmentations, in small steps.
+
+    The augmentations are those of the module's own loader; `configs/poison/aap.yaml` has the
+    paper's.
+
+    Source: Wang, Zhu, Gao, "Efficient Availability Attacks against Supervised and Contrastive
+    Learning Simultaneously", NeurIPS 2024.
+    """
+
+    kind = "aap"
+    settings_class = AapConfig
 
 
 def _count_classes(dataset: Any) -> int:

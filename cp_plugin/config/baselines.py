@@ -115,6 +115,22 @@ class ErrorMinConfig(AlternationConfig):
 
 
 @dataclass(frozen=True)
+class AueConfig(ErrorMinConfig):
+    """Augmented unlearnable examples (Wang et al., NeurIPS 2024): error-minimising noise.
+
+    It differs by the surrogate's contrastive augmentations, of the strength that the group file
+    gives, and by its schedule.
+    """
+
+    rounds: int = 60
+    """Alternations, each an epoch of the surrogate and an epoch of noise."""
+    model_steps: Steps = EPOCH
+    """M: optimiser steps of the surrogate a round, or `epoch`."""
+    pgd_steps: int = 5
+    """T: sign-gradient steps on each batch of the noise phase."""
+
+
+@dataclass(frozen=True)
 class TapConfig(OptimisedConfig):
     """Adversarial poisoning (Fowl et al., "Adversarial Examples Make Strong Poisons", 2021)."""
 
@@ -127,3 +143,15 @@ class TapConfig(OptimisedConfig):
         """Return one round: a surrogate trained to its end on clean images, then T steps."""
         shared = {field.name: getattr(self, field.name) for field in fields(OptimisedConfig)}
         return AlternationConfig(rounds=1, init=ZERO, **shared)
+
+
+@dataclass(frozen=True)
+class AapConfig(TapConfig):
+    """Augmented adversarial poisoning (Wang et al., NeurIPS 2024): `tap` in small steps.
+
+    Its surrogate is trained for few epochs under weak contrastive augmentations, which the group
+    file gives.
+    """
+
+    step_size: float = 0.01
+    """Length of one sign-gradient step, in units of eps."""

@@ -12,7 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cp_plugin.config.baselines import ErrorMinConfig, RandomConfig, SyntheticConfig, TapConfig
+from cp_plugin.config.baselines import (
+    AapConfig,
+    AueConfig,
+    ErrorMinConfig,
+    RandomConfig,
+    SyntheticConfig,
+    TapConfig,
+)
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
 from cp_plugin.config.settings import (
@@ -35,7 +42,9 @@ Settings = CraftConfig | ErrorMinConfig | TapConfig | SyntheticConfig | RandomCo
 KINDS: dict[str, type[Any] | None] = {
     **dict.fromkeys(CRAFTS, CraftConfig),
     "error_min": ErrorMinConfig,
+    "aue": AueConfig,
     "tap": TapConfig,
+    "aap": AapConfig,
     "synthetic": SyntheticConfig,
     "random": RandomConfig,
     "inject": InjectConfig,

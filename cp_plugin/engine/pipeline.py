@@ -28,7 +28,7 @@ BLUR_SIGMAS = (0.1, 2.0)
 """Range of Pillow's Gaussian radius, in pixels (SimCLR, appendix A)."""
 SOLARIZE_FROM = 128
 """Eight-bit values from here on are inverted."""
-SETTINGS = ("crop_size", "num_crops", "mean", "std", "statistics")
+SETTINGS = ("crop_size", "num_crops", "mean", "std", "statistics", "strength")
 KNOWN: dict[str, tuple[str, ...]] = {
     "rrc": ("enabled", "crop_min_scale", "crop_max_scale", "interpolation"),
     "random_crop": ("padding",),
@@ -41,8 +41,9 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }
 """The transforms of a node, in the order in which they are applied, and their settings.
 
-All but `random_crop` (zeros around the image, then a crop) and `rrc.interpolation` (of crops and of
-the resize that stands for a crop switched off; solo-learn's is bicubic) are solo-learn's.
+All but `random_crop` (zeros around the image, then a crop), `rrc.interpolation` (of crops and of
+the resize that stands for a crop switched off; solo-learn's is bicubic) and a node's `strength`
+(see `weakened`) are solo-learn's.
 """
 FILTERS = {mode.value: mode for mode in transforms.InterpolationMode}
 
@@ -63,7 +64,7 @@ def build_pipeline(cfg: DictConfig) -> MultiViewTransform:
     """
     views: list[transforms.Compose] = []
     for item in cfg.augmentations:
-        node = _checked(OmegaConf.to_container(item, resolve=True))
+        node = weakened(_checked(OmegaConf.to_container(item, resolve=True)))
         views += [_compose(cfg.data.dataset, node)] * node["num_crops"]
     return MultiViewTransform(views)
 
@@ -84,6 +85,32 @@ def normalisation(dataset: str, node: Node | DictConfig) -> Statistics:
         dataset, (node.get("mean", IMAGENET_DEFAULT_MEAN), node.get("std", IMAGENET_DEFAULT_STD))
     )
     return tuple(mean), tuple(std)
+
+
+def weakened(node: Node) -> Node:
+    """Return a node at its `strength`, from 0, no augmentation but flips, to 1, as it is written.
+
+    The least scale of a crop goes from 1 to `crop_min_scale`; the ranges of colour jitter and the
+    probabilities of jitter and grey are multiplied by the strength (the contrastive augmentations
+    of Wang et al., NeurIPS 2024).
+
+    Raises:
+        UserError: the strength is not in [0, 1].
+    """
+    strength = node.get("strength", 1)
+    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise UserError(f"augmentations.strength must be in [0, 1], got {strength!r}.")
+    if strength == 1:
+        return node
+    weak = {**node}
+    if "rrc" in node:
+        least = 1 - strength * (1 - node["rrc"]["crop_min_scale"])
+        weak["rrc"] = {**node["rrc"], "crop_min_scale": least}
+    if "color_jitter" in node:
+        weak["color_jitter"] = {key: strength * x for key, x in node["color_jitter"].items()}
+    if "grayscale" in node:
+        weak["grayscale"] = {**node["grayscale"], "prob": strength * node["grayscale"]["prob"]}
+    return weak
 
 
 def _checked(node: Any) -> Node:

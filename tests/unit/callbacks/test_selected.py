@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from cp_plugin.callbacks import CraftErrorMin, CraftPoison, CraftTap, Defence, KNNMonitor
+from cp_plugin.callbacks import (
+    CraftAap,
+    CraftAue,
+    CraftErrorMin,
+    CraftPoison,
+    CraftTap,
+    Defence,
+    KNNMonitor,
+)
 from cp_plugin.callbacks.selected import selected_callbacks
 from cp_plugin.config.baselines import RandomConfig, TapConfig
 from cp_plugin.config.defences import CutoutConfig, NoiseConfig
@@ -48,6 +56,8 @@ def test_settings_reach_the_callbacks_as_they_are(tmp_path: Path) -> None:
         ("cp_class", CraftPoison),
         ("error_min", CraftErrorMin),
         ("tap", CraftTap),
+        ("aue", CraftAue),
+        ("aap", CraftAap),
     ],
 )
 def test_a_craft_goes_to_the_runs_folder_unless_it_has_one(

@@ -1,0 +1,226 @@
+"""Poisons of other papers, each against a slow computation of its own: one image at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from cp_plugin import Poison
+from cp_plugin.apps.hydra_app import compose
+from cp_plugin.attack.loop import Schedule
+from cp_plugin.callbacks import CraftAap, CraftAue
+from cp_plugin.config.selection import Selection
+from cp_plugin.config.settings import UserError
+from cp_plugin.data import RawDataset
+from cp_plugin.engine.pipeline import build_pipeline
+from cp_plugin.engine.settings import complete
+from cp_plugin.util.paths import shipped
+from tests.support.small_runs import Pictures, Supervised, fit
+
+EPS = 8 / 255
+COUNT = 16
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),
+]
+
+
+def settings_of(name: str) -> Any:
+    """The settings of a group file."""
+    node: Any = OmegaConf.load(shipped("configs") / "poison" / f"{name}.yaml")
+    return Selection.of(OmegaConf.to_container(node.poison), None).poison  # type: ignore[arg-type]
+
+
+def crafted(folder: Path, module: Any, craft: Any, epochs: int) -> Tensor:
+    """Craft on all images at once, in order and without augmentation; delta by image."""
+    data = Pictures(transforms.ToTensor(), COUNT)
+    fit(module, DataLoader(data, batch_size=COUNT), folder, craft, max_epochs=epochs)
+    poison = Poison.load(folder / "poison.safetensors")
+    raw = RawDataset(data, None)
+    rows = poison.rows([raw[row].key for row in range(COUNT)])
+    return poison.perturbation.gather(torch.as_tensor(rows))
+
+
+def logits(module: Any, image_CHW: Tensor) -> Tensor:
+    return module.head(module.backbone(image_CHW[None]))[0]
+
+
+def slow_cross_entropy(module: Any, image_CHW: Tensor, label: int) -> Tensor:
+    scores = logits(module, image_CHW)
+    return torch.logsumexp(scores, 0) - scores[label]
+
+
+def slow_step(delta: Tensor, gradient: Tensor, step: float) -> Tensor:
+    """Pixel by pixel: a step against the sign, then back into the budget."""
+    moved = [d - step * ((g > 0) - (g < 0)) for d, g in zip(delta.flatten().tolist(),
+             gradient.flatten().tolist(), strict=True)]  # fmt: skip
+    return torch.tensor([min(EPS, max(-EPS, d)) for d in moved]).view_as(delta)
+
+
+def slow_trained(module: Any, images: list[Tensor], labels: list[int]) -> None:
+    """One step of gradient descent on the mean loss of the images, without an optimizer."""
+    losses = [slow_cross_entropy(module, x, y) for x, y in zip(images, labels, strict=True)]
+    weights = list(module.parameters())
+    gradients = torch.autograd.grad(sum(losses) / len(losses), weights)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight -= 0.05 * gradient
+
+
+def slow_noise(
+    module: Any, clean: Tensor, delta: list[Tensor], labels: list[int], steps: int, step: float
+) -> None:
+    """Move each delta by itself so that the label's cross-entropy falls."""
+    for row, label in enumerate(labels):
+        for _ in range(steps):
+            leaf = delta[row].clone().requires_grad_()
+            loss = slow_cross_entropy(module, (clean[row] + leaf).clamp(0, 1), label)
+            delta[row] = slow_step(delta[row], torch.autograd.grad(loss, leaf)[0], step)
+
+
+def agreeing(found: Tensor, expected: Tensor) -> float:
+    """Part of the pixels that agree; where a gradient is next to 0 its sign may differ."""
+    return float(((found - expected).abs() < 1e-6).float().mean())
+
+
+def slow_aue(module: Any, rounds: int, steps: int, step: float) -> Tensor:
+    data = Pictures(None, COUNT)
+    clean, labels = data.clean(), data.targets
+    delta = [torch.zeros(3, 16, 16) for _ in range(COUNT)]
+    for _ in range(rounds):
+        now = [(x + d).clamp(0, 1) for x, d in zip(clean, delta, strict=True)]
+        slow_trained(module, now, labels)
+        slow_noise(module, clean, delta, labels, steps, step)
+    return torch.stack(delta)
+
+
+def test_aue_is_the_papers_alternation_computed_an_image_at_a_time(tmp_path: Path) -> None:
+    """Whole epochs of the surrogate, then of noise; T steps of 0.1 eps down the cross-entropy."""
+    settings: dict[str, Any] = {"rounds": 2, "init": "zero", "dtype": "float32"}
+    module = Supervised()
+    expected = slow_aue(copy.deepcopy(module), rounds=2, steps=5, step=0.1 * EPS)
+    found = crafted(tmp_path, module, CraftAue(**settings, dir=str(tmp_path)), epochs=9)
+    assert agreeing(found, expected) > 0.999
+    assert found.abs().max() == pytest.approx(EPS)
+    assert Poison.load(tmp_path / "poison.safetensors").info["poison"] == "aue"
+    other = slow_aue(Supervised(), rounds=2, steps=4, step=0.1 * EPS)
+    assert agreeing(found, other) < 0.9
+
+
+def slow_aap(module: Any, epochs: int, steps: int, step: float, away: bool) -> Tensor:
+    data = Pictures(None, COUNT)
+    clean, labels = data.clean(), data.targets
+    for _ in range(epochs):
+        slow_trained(module, list(clean), labels)
+    delta = [torch.zeros(3, 16, 16) for _ in range(COUNT)]
+    if away:  # up the loss of the own class is down its negative
+        for row, label in enumerate(labels):
+            for _ in range(steps):
+                leaf = delta[row].clone().requires_grad_()
+                loss = -slow_cross_entropy(module, (clean[row] + leaf).clamp(0, 1), label)
+                delta[row] = slow_step(delta[row], torch.autograd.grad(loss, leaf)[0], step)
+    else:
+        targets = [(label + 1) % 2 for label in labels]
+        slow_noise(module, clean, delta, targets, steps, step)
+    return torch.stack(delta)
+
+
+class TwoClasses(Supervised):
+    """A classifier with as many outputs as there are classes, where the next one wraps around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4 * 7 * 7, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_aap_is_the_papers_attack_on_a_surrogate_trained_on_clean_images(
+    targeted: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"pgd_steps": 30, "dtype": "float32", "targeted": targeted}
+    module = TwoClasses()
+    expected = slow_aap(copy.deepcopy(module), 4, 30, 0.01 * EPS, away=not targeted)
+    found = crafted(tmp_path, module, CraftAap(**settings, dir=str(tmp_path)), epochs=4)
+    assert agreeing(found, expected) > 0.999
+    assert found.abs().max() == pytest.approx(0.3 * EPS)  # 30 steps of a hundredth
+    assert Poison.load(tmp_path / "poison.safetensors").info["poison"] == "aap"
+
+
+def test_aue_and_aap_cost_what_the_paper_says() -> None:
+    """CIFAR-10: 18 million passes of images for AUE, 14.5 million for AAP."""
+    aue, aap = settings_of("aue"), settings_of("aap")
+    assert (aue.model_steps, aue.noise_steps) == ("epoch", "epoch")
+    passes = Schedule(aue.rounds, 1, 1, aue.pgd_steps).image_passes(50_000, 1)
+    assert passes == 18_000_000
+    epochs = compose("supervised", ["+poison=aap"]).max_epochs
+    assert Schedule(1, epochs, 1, aap.pgd_steps).image_passes(50_000, 1) == 14_500_000
+
+
+@pytest.mark.parametrize(("name", "strength"), [("aue", 0.6), ("aap", 0.4), ("aap", 0.0)])
+def test_a_strength_weakens_crops_jitter_and_grey(name: str, strength: float) -> None:
+    """Against the formulas: crops from 1 - 0.9 s, jitter .4 .4 .4 .1 and .8, grey .2, times s."""
+    chosen = [] if strength else ["augmentations.0.strength=0"]
+    cfg = complete(compose("supervised", [f"+poison={name}", *chosen]))
+    (view,) = build_pipeline(cfg).transforms
+    made = {type(step).__name__: step for step in view.transforms}
+    assert made["RandomResizedCrop"].scale == pytest.approx((1 - 0.9 * strength, 1))
+    assert made["RandomHorizontalFlip"].p == 0.5
+    if strength == 0:
+        assert {"RandomApply", "RandomGrayscale"}.isdisjoint(made)
+        return
+    assert made["RandomGrayscale"].p == pytest.approx(0.2 * strength)
+    assert made["RandomApply"].p == pytest.approx(0.8 * strength)
+    (jitter,) = made["RandomApply"].transforms
+    for found in (jitter.brightness, jitter.contrast, jitter.saturation):
+        assert found == pytest.approx((1 - 0.4 * strength, 1 + 0.4 * strength))
+    assert jitter.hue == pytest.approx((-0.1 * strength, 0.1 * strength))
+
+
+def test_a_strength_out_of_range() -> None:
+    cfg = complete(compose("supervised", ["+poison=aue", "augmentations.0.strength=2"]))
+    with pytest.raises(UserError, match=r"augmentations\.strength must be in \[0, 1\], got 2"):
+        build_pipeline(cfg)
+
+
+@pytest.mark.parametrize(
+    ("method", "poison"),
+    [
+        ("supervised", ["+poison=aue", "poison.rounds=1", "poison.pgd_steps=1"]),
+        ("supervised", ["+poison=aap", "poison.pgd_steps=2", "max_epochs=1"]),
+    ],
+)
+def test_a_poison_is_crafted_from_the_command_line_and_injected(
+    method: str, poison: list[str], call: Any, image_folder: Any, tmp_path: Path
+) -> None:
+    folder = image_folder()
+    small = [
+        *("backbone.kwargs.channels=[8,8,8,8]", "max_epochs=1", "optimizer.batch_size=6"),
+        *("data.num_workers=0", "data.dataset=custom"),
+        *(f"data.train_path={folder}", f"data.val_path={folder}"),
+    ]
+    code, _, error = call("pretrain", "--config-name", method, *small, *poison)
+    assert code == 0, error
+    (file,) = tmp_path.rglob("poison.safetensors")
+    made = Poison.load(file)
+    assert made.info["poison"] == poison[0].partition("=")[2]
+    rows = made.perturbation.gather(torch.arange(len(made.perturbation)))
+    assert 0 < rows.abs().max() <= made.eps * (1 + 1e-3)
+    used = ["+poison=inject", f"poison.path={file}"]
+    code, _, error = call("pretrain", "--config-name", "simclr", *small, *used)
+    assert code == 0, error
+    (victim,) = (tmp_path / "trained_models" / "simclr").rglob("result.json")
+    assert json.loads(victim.read_text())["surrogate"] == "Supervised"
