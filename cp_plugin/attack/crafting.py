@@ -196,7 +196,7 @@ class Crafting:
                 self.seed,
                 old.aspects,
             )
-            self.attack.scaled = old.scaled
+            self.attack.scaled, self.attack.term = old.scaled, old.term
             self._bound = found
 
     def announce(self, batch_size: int, steps: float = math.inf) -> None:

@@ -31,6 +31,9 @@ from cp_plugin.mirror.survival import survived
 from cp_plugin.util.internals import without_torch_functions
 from cp_plugin.util.seed import derived_seed
 
+Term = Callable[[Tensor, Batch], Tensor]
+"""From the deltas of a batch's images, float (B, C, H, W), and the batch to a scalar."""
+
 
 @dataclass
 class Schedule:
@@ -178,6 +181,8 @@ class Attack:
         self._checked = False
         self.scaled: Callable[[Tensor], Tensor] = lambda loss: loss
         """Makes a loss large enough for gradients in float16; their signs alone are used."""
+        self.term: Term | None = None
+        """What a noise phase minimises of delta itself, beside the host's loss of the views."""
         self.moved = False
         """Whether any gradient has reached delta."""
 
@@ -271,6 +276,8 @@ class Attack:
             step = _Step(delta)
             with self._gradients:
                 yield LossRequest(views, batch, functools.partial(self._on_loss, step))
+            if self.term is not None and step.gradient is not None:
+                self._on_loss(step, self.term(delta[inverse_B], batch))
             restore()
             if step.fault is not None and not self._checked:
                 raise step.fault

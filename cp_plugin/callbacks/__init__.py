@@ -5,6 +5,7 @@ from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
 from cp_plugin.callbacks.monitor import KNNMonitor
+from cp_plugin.callbacks.separable import CraftTue
 from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
 
 inject = injection.inject
@@ -17,6 +18,7 @@ __all__ = [
     "CraftErrorMin",
     "CraftPoison",
     "CraftTap",
+    "CraftTue",
     "Defence",
     "InjectPoison",
     "KNNMonitor",

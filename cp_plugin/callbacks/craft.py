@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cp_plugin.attack.crafting import Crafting, raw_and_mirror
-from cp_plugin.attack.loop import Attack, Schedule
+from cp_plugin.attack.loop import Attack, Schedule, Term
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
@@ -144,6 +144,7 @@ class CraftPoison(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of precision=16-mixed
         if scaler is not None:
             self.attack.scaled = scaler.scale
+        self.attack.term = self.term()
         self.plan(trainer, loader)
         batch_size = batch_size_of(loader) * trainer.world_size
         self.crafting.announce(batch_size, trainer.estimated_stepping_batches)
@@ -163,6 +164,10 @@ class CraftPoison(Callback):
         assert isinstance(self.config, CraftConfig)
         context = trainer.precision_plugin.train_step_context
         return adapt(pl_module, raw.with_views, self.config.momentum_modules, context, trainer)
+
+    def term(self) -> Term | None:
+        """Return what is minimised of the perturbation itself; None: nothing is."""
+        return None
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""

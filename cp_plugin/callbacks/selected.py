@@ -12,6 +12,7 @@ from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews, NoisePoison
 from cp_plugin.callbacks.monitor import Journal, KNNMonitor
+from cp_plugin.callbacks.separable import CraftTue
 from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
 from cp_plugin.config.baselines import (
     AapConfig,
@@ -20,6 +21,7 @@ from cp_plugin.config.baselines import (
     RandomConfig,
     SyntheticConfig,
     TapConfig,
+    TueConfig,
 )
 from cp_plugin.config.selection import CRAFTED, Selection
 from cp_plugin.config.settings import CraftConfig, InjectConfig, UserError
@@ -31,6 +33,7 @@ CRAFTERS: dict[type[Any], type[CraftPoison]] = {
     AueConfig: CraftAue,
     TapConfig: CraftTap,
     AapConfig: CraftAap,
+    TueConfig: CraftTue,
 }
 
 

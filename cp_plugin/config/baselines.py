@@ -9,6 +9,7 @@ from cp_plugin.config.settings import (
     EPOCH,
     ZERO,
     AlternationConfig,
+    CraftConfig,
     Fit,
     Granularity,
     OptimisedConfig,
@@ -19,6 +20,7 @@ from cp_plugin.config.settings import (
     check_fit,
     check_fraction,
     check_image_size,
+    check_positive,
     one_of,
 )
 
@@ -155,3 +157,29 @@ class AapConfig(TapConfig):
 
     step_size: float = 0.01
     """Length of one sign-gradient step, in units of eps."""
+
+
+@dataclass(frozen=True)
+class TueConfig(CraftConfig):
+    """Transferable unlearnable examples (Ren et al., ICLR 2023): deltas of a class lie together.
+
+    A noise phase minimises the surrogate's self-supervised loss and, weighted, the class-wise
+    separability discriminant of the deltas of the batch, which reads labels.
+    """
+
+    separability: float = 1.0
+    """Weight of the discriminant beside the loss."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range, or there is no noise phase.
+        """
+        super().__post_init__()
+        check_positive("separability", self.separability)
+        if self.joint:
+            raise UserError(
+                "poison.schedule=joint has no noise phase, in which tue tells the classes of delta "
+                "apart; use poison.schedule=alternate."
+            )

@@ -19,6 +19,7 @@ from cp_plugin.config.baselines import (
     RandomConfig,
     SyntheticConfig,
     TapConfig,
+    TueConfig,
 )
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
@@ -45,6 +46,7 @@ KINDS: dict[str, type[Any] | None] = {
     "aue": AueConfig,
     "tap": TapConfig,
     "aap": AapConfig,
+    "tue": TueConfig,
     "synthetic": SyntheticConfig,
     "random": RandomConfig,
     "inject": InjectConfig,

@@ -346,6 +346,16 @@ def check_fraction(fraction: float) -> None:
         raise UserError(f"poison.fraction must be in (0, 1], got {fraction}.")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Check a weight.
+
+    Raises:
+        UserError: it is not positive and finite.
+    """
+    if not 0 < value < math.inf:
+        raise UserError(f"poison.{name} must be positive; got {value}.")
+
+
 def check_step_size(step_size: float) -> None:
     """Check the length of a sign-gradient step.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cp_plugin.config.baselines import ErrorMinConfig, SyntheticConfig, TapConfig
+from cp_plugin.config.baselines import ErrorMinConfig, SyntheticConfig, TapConfig, TueConfig
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import class_names, labels
@@ -43,7 +43,7 @@ def check_method(selection: Selection, cfg: DictConfig) -> None:
     if not cfg.data.no_labels:
         return
     wants = f"method={method}" if reads_labels else f"poison={selection.name}"
-    if reads_labels or isinstance(poison, SyntheticConfig):
+    if reads_labels or isinstance(poison, (SyntheticConfig, TueConfig)):
         raise UserError(
             f"{wants} needs labelled images and data.no_labels=True leaves no labels; use labelled "
             "data, an SSL method, or a poison without labels (cp, random)."

@@ -21,7 +21,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import CraftPoison
 from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.selected import selected_callbacks
-from cp_plugin.config.baselines import ErrorMinConfig, SyntheticConfig, TapConfig
+from cp_plugin.config.baselines import ErrorMinConfig, SyntheticConfig, TapConfig, TueConfig
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import EPOCH, CraftConfig, InjectConfig, UserError
 from cp_plugin.data.datasets import SIDES
@@ -114,10 +114,10 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
     selection.check_method(str(cfg.method))
     if selection.crafts:
         check_served(cfg.method)
-    if unlabelled and isinstance(poison, SyntheticConfig):
+    if unlabelled and isinstance(poison, (SyntheticConfig, TueConfig)):
         raise UserError(
-            "poison=synthetic tells classes apart and data.no_labels=True leaves no labels; use "
-            "labelled data, +poison=cp or +poison=random."
+            f"poison={selection.name} tells classes apart and data.no_labels=True leaves no "
+            "labels; use labelled data, +poison=cp or +poison=random."
         )
     if unlabelled and getattr(poison, "granularity", None) == "class":
         raise UserError(

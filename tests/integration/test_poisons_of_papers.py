@@ -18,14 +18,15 @@ from torchvision import transforms
 from cp_plugin import Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.loop import Schedule
-from cp_plugin.callbacks import CraftAap, CraftAue
+from cp_plugin.attack.separability import class_separability
+from cp_plugin.callbacks import CraftAap, CraftAue, CraftTue
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
 from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.settings import complete
 from cp_plugin.util.paths import shipped
-from tests.support.small_runs import Pictures, Supervised, fit
+from tests.support.small_runs import TWO_COPIES, Pictures, Small, Supervised, fit
 
 EPS = 8 / 255
 COUNT = 16
@@ -190,6 +191,86 @@ def test_a_strength_weakens_crops_jitter_and_grey(name: str, strength: float) ->
     assert jitter.hue == pytest.approx((-0.1 * strength, 0.1 * strength))
 
 
+def slow_discriminant(delta: list[Tensor], labels: list[int]) -> Tensor:
+    """Section 4.1 of the paper, a pair of classes at a time."""
+    classes = sorted({label for label in labels if label >= 0})
+    of = {k: [d for d, label in zip(delta, labels, strict=True) if label == k] for k in classes}
+    centre = {k: sum(of[k]) / len(of[k]) for k in classes}
+    spread = {
+        k: sum(((d - centre[k]) ** 2).sum().sqrt() for d in of[k]) / len(of[k])  # type: ignore[misc]
+        for k in classes
+    }
+    total = torch.zeros((), dtype=delta[0].dtype)
+    for i in classes:
+        pairs = [
+            (spread[i] + spread[j]) / ((centre[i] - centre[j]) ** 2).sum().sqrt()
+            for j in classes
+            if j != i
+        ]
+        total = total + sum(pairs) / len(pairs)  # type: ignore[arg-type]
+    return total / len(classes)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 2, 2, 2], [0, 3, -1, 3, 0, 0, 3]])
+def test_the_discriminant_is_the_papers_formula(labels: list[int]) -> None:
+    draws = torch.Generator().manual_seed(0)
+    delta = torch.randn(7, 3, 4, 4, generator=draws, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        class_separability(delta, torch.tensor(labels)),
+        slow_discriminant(list(delta), labels),
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    gradients = [torch.autograd.grad(loss, delta)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-9)
+    assert gradients[0].abs().sum() > 0
+    if -1 in labels:
+        assert not gradients[0][2].any()
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 1], [-1, -1, 2], [-1, -1, -1], [0, 1, 2]])
+def test_the_discriminant_has_a_finite_gradient_where_nothing_is_spread(labels: list[int]) -> None:
+    delta = torch.zeros(3, 3, 2, 2, requires_grad=True)
+    value = class_separability(delta, torch.tensor(labels))
+    assert value == 0
+    assert not torch.autograd.grad(value, delta)[0].any()
+
+
+def test_tue_descends_the_surrogates_loss_and_the_discriminant(tmp_path: Path) -> None:
+    """Two steps on a fixed surrogate; from 0 the first one is down the loss alone."""
+    data = Pictures(TWO_COPIES, COUNT)
+    loader, module = DataLoader(data, batch_size=COUNT), Small()
+    found = {}
+    for weight in (1e-9, 50.0):
+        steps: dict[str, Any] = {"rounds": 1, "pgd_steps": 2, "init": "zero", "dtype": "float32"}
+        folder = tmp_path / str(weight)
+        craft = CraftTue(**steps, separability=weight, dir=str(folder))
+        module = Small()
+        fit(module, loader, folder, craft)
+        poison, raw = Poison.load(folder / "poison.safetensors"), RawDataset(data, None)
+        rows = poison.rows([raw[row].key for row in range(COUNT)])
+        found[weight] = poison.perturbation.gather(torch.as_tensor(rows))
+        assert poison.info["poison"] == "tue"
+        clean, delta = data.clean(), [torch.zeros(3, 16, 16)] * COUNT
+        for _ in range(2):
+            leaves = [d.clone().requires_grad_() for d in delta]
+            views = torch.stack([(x + d).clamp(0, 1) for x, d in zip(clean, leaves, strict=True)])
+            loss = module.training_step(([views, views], None), 0)
+            moved = any(bool(d.any()) for d in delta)
+            term = weight * slow_discriminant(leaves, data.targets) if moved else 0
+            gradients = torch.autograd.grad(loss + term, leaves)
+            delta = [slow_step(d, g, 0.1 * EPS) for d, g in zip(delta, gradients, strict=True)]
+        assert agreeing(found[weight], torch.stack(delta)) > 0.99
+    values = [slow_discriminant(list(delta), data.targets) for delta in found.values()]
+    assert values[1] < values[0]
+
+
+def test_tue_on_unlabelled_data(tmp_path: Path) -> None:
+    data = Pictures(TWO_COPIES, COUNT)
+    data.targets = [-1] * COUNT
+    with pytest.raises(UserError, match="poison=tue tells classes apart and this data set has no"):
+        fit(Small(), DataLoader(data, batch_size=COUNT), tmp_path, CraftTue(dir=str(tmp_path)))
+
+
 def test_a_strength_out_of_range() -> None:
     cfg = complete(compose("supervised", ["+poison=aue", "augmentations.0.strength=2"]))
     with pytest.raises(UserError, match=r"augmentations\.strength must be in \[0, 1\], got 2"):
@@ -201,6 +282,7 @@ def test_a_strength_out_of_range() -> None:
     [
         ("supervised", ["+poison=aue", "poison.rounds=1", "poison.pgd_steps=1"]),
         ("supervised", ["+poison=aap", "poison.pgd_steps=2", "max_epochs=1"]),
+        ("byol", ["+poison=tue", "poison.rounds=1", "poison.pgd_steps=1"]),
     ],
 )
 def test_a_poison_is_crafted_from_the_command_line_and_injected(
@@ -223,4 +305,4 @@ def test_a_poison_is_crafted_from_the_command_line_and_injected(
     code, _, error = call("pretrain", "--config-name", "simclr", *small, *used)
     assert code == 0, error
     (victim,) = (tmp_path / "trained_models" / "simclr").rglob("result.json")
-    assert json.loads(victim.read_text())["surrogate"] == "Supervised"
+    assert json.loads(victim.read_text())["surrogate"].lower() == method

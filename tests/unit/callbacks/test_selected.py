@@ -13,6 +13,7 @@ from cp_plugin.callbacks import (
     CraftErrorMin,
     CraftPoison,
     CraftTap,
+    CraftTue,
     Defence,
     KNNMonitor,
 )
@@ -58,6 +59,7 @@ def test_settings_reach_the_callbacks_as_they_are(tmp_path: Path) -> None:
         ("tap", CraftTap),
         ("aue", CraftAue),
         ("aap", CraftAap),
+        ("tue", CraftTue),
     ],
 )
 def test_a_craft_goes_to_the_runs_folder_unless_it_has_one(
