@@ -37,4 +37,5 @@ def class_separability(delta_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     spread_M = share_BM.T @ torch.linalg.vector_norm(delta_BD - centres_MD[class_B], dim=1)
     first, second = torch.triu_indices(classes, classes, 1, device=delta_BD.device)
     apart = functional.pdist(centres_MD).clamp(min=SMALLEST)
-    return ((spread_M[first] + spread_M[second]) / apart).mean()
+    mean: Tensor = ((spread_M[first] + spread_M[second]) / apart).mean()
+    return mean
