@@ -6,7 +6,7 @@ from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
 from cp_plugin.callbacks.monitor import KNNMonitor
 from cp_plugin.callbacks.separable import CraftTue
-from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
+from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftPil, CraftTap
 
 inject = injection.inject
 """Bound last: importing the module of this name would put the module in its place."""
@@ -16,6 +16,7 @@ __all__ = [
     "CraftAap",
     "CraftAue",
     "CraftErrorMin",
+    "CraftPil",
     "CraftPoison",
     "CraftTap",
     "CraftTue",

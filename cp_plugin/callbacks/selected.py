@@ -13,11 +13,12 @@ from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews, NoisePoison
 from cp_plugin.callbacks.monitor import Journal, KNNMonitor
 from cp_plugin.callbacks.separable import CraftTue
-from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftTap
+from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftPil, CraftTap
 from cp_plugin.config.baselines import (
     AapConfig,
     AueConfig,
     ErrorMinConfig,
+    PilConfig,
     RandomConfig,
     SyntheticConfig,
     TapConfig,
@@ -33,6 +34,7 @@ CRAFTERS: dict[type[Any], type[CraftPoison]] = {
     AueConfig: CraftAue,
     TapConfig: CraftTap,
     AapConfig: CraftAap,
+    PilConfig: CraftPil,
     TueConfig: CraftTue,
 }
 

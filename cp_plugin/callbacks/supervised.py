@@ -8,16 +8,23 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.attack.loop import Schedule
+from cp_plugin.attack.loop import Schedule, Term
 from cp_plugin.callbacks.base import prepare_fit
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import training_loader
-from cp_plugin.config.baselines import AapConfig, AueConfig, ErrorMinConfig, TapConfig
+from cp_plugin.config.baselines import (
+    AapConfig,
+    AueConfig,
+    ErrorMinConfig,
+    PilConfig,
+    TapConfig,
+    TrainedSurrogateConfig,
+)
 from cp_plugin.config.settings import AlternationConfig, CacheMode, UserError, given
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.supervised import AdversarialHost, SupervisedHost
+from cp_plugin.hosts.supervised import AdversarialHost, LinearisingHost, SupervisedHost
 
 log = logging.getLogger("cp_plugin")
 
@@ -66,24 +73,22 @@ class CraftAue(CraftErrorMin):
     config_class = AueConfig
 
 
-class CraftTap(CraftErrorMin):
-    """Train a LightningModule on clean images, then mislead it: its adversarial images poison.
+class CraftOnTrained(CraftErrorMin):
+    """Train a LightningModule on clean images, then move all images by T steps at once.
 
-    The module trains as its trainer says; when training ends every image is moved by T steps, its
-    augmentation drawn anew each time, on the trained network in eval mode.
-
-    Source: Fowl et al., "Adversarial Examples Make Strong Poisons", NeurIPS 2021.
+    The module trains as its trainer says; the steps are made when training ends, each on an
+    augmentation drawn anew, on the trained network in eval mode.
     """
 
-    kind = "tap"
-    host_class = AdversarialHost
-
     config_class = AlternationConfig
-    settings_class = TapConfig
+    settings_class: type[TrainedSurrogateConfig]
     """The settings that a user gives, of which `config` is made."""
 
     def __init__(
-        self, config: TapConfig | None = None, cache: CacheMode = "auto", **settings: Any
+        self,
+        config: TrainedSurrogateConfig | None = None,
+        cache: CacheMode = "auto",
+        **settings: Any,
     ) -> None:
         """Take the settings.
 
@@ -106,7 +111,7 @@ class CraftTap(CraftErrorMin):
         self._trainer = trainer
 
     def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
-        """Return the surrogate as a host whose loss misleads it.
+        """Return the surrogate as the host that shows what is minimised.
 
         Raises:
             UserError: the data set has no labels, or there are several processes.
@@ -115,11 +120,7 @@ class CraftTap(CraftErrorMin):
             raise UserError(
                 f"{self.kind} is crafted by one process, got {trainer.world_size}; set devices=1."
             )
-        host = super().adapted(trainer, pl_module, raw)
-        assert isinstance(host, AdversarialHost)
-        if self._chosen.targeted:
-            host.target_classes = _count_classes(raw.dataset)
-        return host
+        return super().adapted(trainer, pl_module, raw)
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """One round: all steps of training, then every image once."""
@@ -166,7 +167,7 @@ class CraftTap(CraftErrorMin):
         if self._misled or self.path.exists():
             return
         loss = self.crafting.noise_phase(self._every_image(trainer, pl_module), 0)
-        log.info("%s: mean loss of the misled surrogate %.4f", self.kind, loss)
+        log.info("%s: mean loss of the steps on the trained surrogate %.4f", self.kind, loss)
         self._misled = True
         # Where training was stopped early, the one model phase was so much shorter.
         self.schedule.model_steps = max(1, self.schedule.steps_done)
@@ -181,6 +182,26 @@ class CraftTap(CraftErrorMin):
             yield moved(batch, pl_module.device)
 
 
+class CraftTap(CraftOnTrained):
+    """Mislead a module that was trained on clean images: its adversarial images poison.
+
+    Source: Fowl et al., "Adversarial Examples Make Strong Poisons", NeurIPS 2021.
+    """
+
+    kind = "tap"
+    host_class = AdversarialHost
+    settings_class = TapConfig
+
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+        """Return the surrogate as a host whose loss misleads it; see `CraftOnTrained`."""
+        host = super().adapted(trainer, pl_module, raw)
+        assert isinstance(host, AdversarialHost)
+        assert isinstance(self._chosen, TapConfig)
+        if self._chosen.targeted:
+            host.target_classes = _count_classes(raw.dataset)
+        return host
+
+
 class CraftAap(CraftTap):
     """Mislead a module that was trained under contrastive augmentations, in small steps.
 
@@ -193,6 +214,44 @@ class CraftAap(CraftTap):
 
     kind = "aap"
     settings_class = AapConfig
+
+
+class CraftPil(CraftOnTrained):
+    """Make the label readable from delta alone by a classifier that was trained on clean images.
+
+    The paper's classifier is linear, without a bias, on pixels; `configs/poison/pil.yaml` has it.
+
+    Source: Liu, Chen, Zhang, "Perturbation-Induced Linearization", ICLR 2026.
+    """
+
+    kind = "pil"
+    host_class = LinearisingHost
+    settings_class = PilConfig
+
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+        """Return the surrogate as a host that is to tell nothing; see `CraftOnTrained`."""
+        host = super().adapted(trainer, pl_module, raw)
+        assert isinstance(host, LinearisingHost)
+        assert isinstance(self._chosen, PilConfig)
+        host.classes, host.weight = _count_classes(raw.dataset), self._chosen.shortcut
+        return host
+
+    def term(self) -> Term:
+        """Return what makes the label readable from delta alone.
+
+        Raises:
+            UserError: views are not of the size of delta.
+        """
+        crafting, host = self.crafting, self._host
+        assert isinstance(host, LinearisingHost)
+        side, views = crafting.attack.perturbation.shape[-1], crafting.mirror.crop_size
+        if views is not None and views != side:
+            raise UserError(
+                f"poison=pil shows delta itself to the classifier, and views have {views} pixels a "
+                f"side where delta has {side}; set augmentations.0.crop_size={side} or "
+                f"poison.image_size={views}."
+            )
+        return lambda delta, batch: host.shortcut(delta, batch, crafting.mirror.normalize)
 
 
 def _count_classes(dataset: Any) -> int:

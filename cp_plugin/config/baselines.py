@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from cp_plugin.config.settings import (
     EPOCH,
+    RANDOM,
     ZERO,
     AlternationConfig,
     CraftConfig,
@@ -133,18 +134,25 @@ class AueConfig(ErrorMinConfig):
 
 
 @dataclass(frozen=True)
-class TapConfig(OptimisedConfig):
+class TrainedSurrogateConfig(OptimisedConfig):
+    """A poison that is made at once, when its surrogate has been trained on clean images."""
+
+    init: ClassVar[str] = ZERO
+
+    def alternation(self) -> AlternationConfig:
+        """Return one round: a surrogate trained to its end on clean images, then T steps."""
+        shared = {field.name: getattr(self, field.name) for field in fields(OptimisedConfig)}
+        return AlternationConfig(rounds=1, init=self.init, **shared)
+
+
+@dataclass(frozen=True)
+class TapConfig(TrainedSurrogateConfig):
     """Adversarial poisoning (Fowl et al., "Adversarial Examples Make Strong Poisons", 2021)."""
 
     pgd_steps: int = 250
     """T: sign-gradient steps on every image, on the trained surrogate."""
     targeted: bool = True
     """Towards the next class (the paper's stronger attack) instead of away from the image's own."""
-
-    def alternation(self) -> AlternationConfig:
-        """Return one round: a surrogate trained to its end on clean images, then T steps."""
-        shared = {field.name: getattr(self, field.name) for field in fields(OptimisedConfig)}
-        return AlternationConfig(rounds=1, init=ZERO, **shared)
 
 
 @dataclass(frozen=True)
@@ -183,3 +191,29 @@ class TueConfig(CraftConfig):
                 "poison.schedule=joint has no noise phase, in which tue tells the classes of delta "
                 "apart; use poison.schedule=alternate."
             )
+
+
+@dataclass(frozen=True)
+class PilConfig(TrainedSurrogateConfig):
+    """Perturbation-induced linearization (Liu, Chen, Zhang, ICLR 2026) of a linear surrogate.
+
+    With f a classifier and -delta the shortcut, what is minimised is
+    shortcut CE(f(-delta), y) + (1 - shortcut) KL(uniform, f(x + delta)).
+    """
+
+    init: ClassVar[str] = RANDOM
+    pgd_steps: int = 30
+    """T: sign-gradient steps on every image, on the trained classifier."""
+    shortcut: float = 0.9
+    """Weight, in (0, 1), of the label being read off the perturbation alone; the rest is that of
+    the image telling nothing."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        if not 0 < self.shortcut < 1:
+            raise UserError(f"poison.shortcut must be in (0, 1), got {self.shortcut}.")

@@ -16,9 +16,11 @@ from cp_plugin.config.baselines import (
     AapConfig,
     AueConfig,
     ErrorMinConfig,
+    PilConfig,
     RandomConfig,
     SyntheticConfig,
     TapConfig,
+    TrainedSurrogateConfig,
     TueConfig,
 )
 from cp_plugin.config.defences import Settings as DefenceSettings
@@ -37,9 +39,16 @@ from cp_plugin.config.settings import (
 GROUPS = ("poison", "monitor", "defence")
 """The configuration's groups, in the order in which `Selection.of` takes them."""
 CRAFTS = ("cp", "cp_class", "cp_byol")
-CRAFTED = (CraftConfig, ErrorMinConfig, TapConfig)
+CRAFTED = (CraftConfig, ErrorMinConfig, TrainedSurrogateConfig)
 """Settings of poisons that need a surrogate."""
-Settings = CraftConfig | ErrorMinConfig | TapConfig | SyntheticConfig | RandomConfig | InjectConfig
+Settings = (
+    CraftConfig
+    | ErrorMinConfig
+    | TrainedSurrogateConfig
+    | SyntheticConfig
+    | RandomConfig
+    | InjectConfig
+)
 KINDS: dict[str, type[Any] | None] = {
     **dict.fromkeys(CRAFTS, CraftConfig),
     "error_min": ErrorMinConfig,
@@ -47,6 +56,7 @@ KINDS: dict[str, type[Any] | None] = {
     "tap": TapConfig,
     "aap": AapConfig,
     "tue": TueConfig,
+    "pil": PilConfig,
     "synthetic": SyntheticConfig,
     "random": RandomConfig,
     "inject": InjectConfig,

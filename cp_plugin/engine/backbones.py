@@ -24,7 +24,19 @@ TOKENS_PER_SIDE = 8
 STEM_POOLS = ("maxpool", "features.pool0", "stem.pool", "layer0.pool")
 """Where timm's convolutional networks keep the max pool of their stem."""
 
+PIXELS = "pixels"
+"""The backbone whose features are the pixels, so that a classifier on it is linear."""
+
 _log = logging.getLogger(__name__)
+
+
+class Pixels(nn.Flatten):
+    """Images, float (B, 3, H, W), as features, float (B, 3 H W)."""
+
+    def __init__(self, image_size: int) -> None:
+        """Take the side of the images in pixels."""
+        super().__init__()
+        self.num_features = 3 * image_size**2
 
 
 def surrogate(
@@ -38,7 +50,7 @@ def surrogate(
     hierarchical ones and ConvNeXts smaller patches than their own. Values in `kwargs` win.
 
     Args:
-        name: a timm model, with or without the prefix `timm/`.
+        name: a timm model, with or without the prefix `timm/`; or `pixels`.
         image_size: side of the images in pixels.
         stem_stride: of a convolutional stem for small images: 1, or 2 for a network that is four
             times cheaper and sees less detail.
@@ -56,6 +68,10 @@ def surrogate(
             arguments, or the model cannot take images of this size.
     """
     architecture = name.removeprefix("timm/")
+    if architecture == PIXELS:
+        if kwargs or whiten is not None:
+            raise UserError("backbone.name=pixels has no settings; add backbone.kwargs=null.")
+        return Pixels(image_size)
     _check_name(architecture)
     if stem_stride not in (1, 2):
         raise UserError(f"backbone.kwargs.stem_stride must be 1 or 2, got {stem_stride}.")

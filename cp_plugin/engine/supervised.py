@@ -18,9 +18,13 @@ class Supervised(Method):
     """A linear classifier on the backbone; every view of an image is an example of its class."""
 
     def __init__(self, cfg: DictConfig | dict[str, Any], image_size: int) -> None:
-        """Build backbone and classifier for `data.num_classes` classes; see `Method`."""
+        """Build backbone and classifier for `data.num_classes` classes; see `Method`.
+
+        `method_kwargs.bias=False` leaves out the classifier's bias.
+        """
         super().__init__(cfg, image_size)
-        self.classifier = nn.Linear(self.features, self.cfg.data.num_classes)
+        bias = bool(self.cfg.method_kwargs.get("bias", True))
+        self.classifier = nn.Linear(self.features, self.cfg.data.num_classes, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (B, K), of images, (B, C, H, W)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cp_plugin.config.settings import UserError
@@ -72,3 +73,72 @@ class AdversarialHost(SupervisedHost):
             )
         following = (own[1] + 1) % self.target_classes
         return [own[0], following.where(own[1] >= 0, own[1]), *own[2:]]
+
+
+class LinearisingHost(SupervisedHost):
+    """A trained classifier that is to tell nothing of images and their class of delta alone.
+
+    What it shows is its cross-entropy with the uniform distribution, which differs from the
+    divergence of its output from that by a constant; `shortcut` is the other term. The module has
+    to take labels as distributions, float (B, K), as torch's cross-entropy does.
+
+    Source: Liu, Chen, Zhang, "Perturbation-Induced Linearization", ICLR 2026, section 3.
+    """
+
+    classes = 2
+    """K."""
+    weight = 0.9
+    """Of the term `shortcut`; the rest is that of the loss shown."""
+    _views = 1
+    _tells_nothing = True
+
+    def check(self, views: int) -> None:
+        """Check the module, and take the number of views; see `SupervisedHost`."""
+        super().check(views)
+        self._views = views
+
+    def show(self, request: LossRequest) -> None:
+        """Show the weighted cross-entropy of the views with the uniform distribution."""
+
+        def weighted(
+            loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False
+        ) -> None:
+            request.on_loss((1 - self.weight) * loss, weight, retain_graph)
+
+        super().show(request._replace(on_loss=weighted))
+
+    def shortcut(
+        self, delta_BCHW: Tensor, batch: Batch, normalize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the weighted cross-entropy of what the module makes of -delta with the labels.
+
+        Args:
+            delta_BCHW: perturbations, of the size of the views.
+            batch: the images that they belong to.
+            normalize: what pixels go through on their way into views; an affine function.
+        """
+        nothing = torch.zeros_like(delta_BCHW)
+        alone = normalize(-delta_BCHW) - normalize(nothing)
+        self._tells_nothing = False
+        try:
+            loss = self.loss([alone] * self._views, batch)
+        finally:
+            self._tells_nothing = True
+        if loss is None:
+            raise UserError(
+                f"poison=pil needs a loss of every batch, and {self.method} left one out; return "
+                "it from training_step."
+            )
+        return self.weight * loss
+
+    def _own_batch(self, views: Sequence[Tensor], batch: Batch) -> Any:
+        own = super()._own_batch(views, batch)
+        if not self._tells_nothing:
+            return own
+        if not isinstance(own, (list, tuple)) or len(own) < 2 or not isinstance(own[1], Tensor):
+            raise UserError(
+                f"poison=pil expected batches (views, labels) for {self.method}, got "
+                f"{type(own).__name__}."
+            )
+        uniform = torch.full((len(own[1]), self.classes), 1 / self.classes, device=own[1].device)
+        return [own[0], uniform, *own[2:]]

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -19,10 +21,11 @@ from cp_plugin import Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.loop import Schedule
 from cp_plugin.attack.separability import class_separability
-from cp_plugin.callbacks import CraftAap, CraftAue, CraftTue
+from cp_plugin.callbacks import CraftAap, CraftAue, CraftPil, CraftTue
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
+from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.settings import complete
 from cp_plugin.util.paths import shipped
@@ -271,6 +274,120 @@ def test_tue_on_unlabelled_data(tmp_path: Path) -> None:
         fit(Small(), DataLoader(data, batch_size=COUNT), tmp_path, CraftTue(dir=str(tmp_path)))
 
 
+class Linear(pl.LightningModule):
+    """A classifier without a bias on pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(3 * 16 * 16, 2, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return functional.cross_entropy(self.head(batch[0].flatten(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Start(pl.Callback):
+    """Keeps what delta starts from."""
+
+    def __init__(self, craft: Any) -> None:
+        self._craft = craft
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.delta = self._craft.attack.perturbation.stored.clone()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    return scores.exp() / scores.exp().sum()
+
+
+def slow_pil(weights: Tensor, delta: Tensor, steps: int, shortcut: float) -> Tensor:
+    """Gradients of both terms by hand, an image at a time; the paper's delta is subtracted."""
+    data = Pictures(None, COUNT)
+    moved = []
+    for image, begun, label in zip(data.clean(), -delta, data.targets, strict=True):
+        ours = begun
+        for _ in range(steps):
+            alone = softmax(weights @ ours.flatten())
+            alone[label] -= 1  # of the cross-entropy with the label
+            shown = image - ours
+            inside = ((shown >= 0) & (shown <= 1)).float()
+            told = softmax(weights @ shown.clamp(0, 1).flatten()) - 0.5  # of KL(uniform, f)
+            gradient = shortcut * (weights.T @ alone).view_as(ours)
+            gradient -= (1 - shortcut) * (weights.T @ told).view_as(ours) * inside
+            ours = slow_step(ours, gradient, 0.1 * EPS)
+        moved.append(-ours)
+    return torch.stack(moved)
+
+
+def test_pil_is_the_papers_attack_on_a_linear_classifier(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"pgd_steps": 6, "shortcut": 0.5, "dtype": "float32"}
+    craft, module = CraftPil(**settings, dir=str(tmp_path)), Linear()
+    start, data = Start(craft), Pictures(transforms.ToTensor(), COUNT)
+    loader = DataLoader(data, batch_size=COUNT)
+    fit(module, loader, tmp_path, craft, start, max_epochs=3)
+    poison, raw = Poison.load(tmp_path / "poison.safetensors"), RawDataset(data, None)
+    rows = poison.rows([raw[row].key for row in range(COUNT)])
+    found = poison.perturbation.gather(torch.as_tensor(rows))
+    weights = module.head.weight.detach()
+    assert not torch.equal(weights, Linear().head.weight)
+    assert start.delta.abs().max() > 0.9 * EPS
+    assert agreeing(found, slow_pil(weights, start.delta, 6, 0.5)) > 0.99
+    assert agreeing(found, slow_pil(weights, start.delta, 6, 0.999)) < 0.99
+    assert poison.info["poison"] == "pil"
+
+
+def test_pil_leaves_the_label_in_delta_and_nothing_else(tmp_path: Path) -> None:
+    """Views may be normalised: delta is shown as it changes them."""
+    normalised = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize([0.4] * 3, [0.25] * 3)]
+    )
+    data = Pictures(normalised, COUNT)
+    craft, module = CraftPil(dir=str(tmp_path), dtype="float32"), Linear()
+    fit(module, DataLoader(data, batch_size=COUNT), tmp_path, craft, max_epochs=20)
+    poison, raw = Poison.load(tmp_path / "poison.safetensors"), RawDataset(data, None)
+    delta = poison.perturbation.gather(
+        torch.as_tensor(poison.rows([raw[row].key for row in range(COUNT)]))
+    )
+    with torch.no_grad():
+        alone = module.head(-delta.flatten(1) / 0.25)
+    assert alone.argmax(1).tolist() == data.targets
+
+
+def test_the_shipped_classifier_of_pil_is_linear_on_pixels() -> None:
+    cfg = complete(compose("supervised", ["+poison=pil", "data=cifar10"]))
+    cfg.data.num_classes = 10
+    module = build_method(cfg, 32)
+    (weights,) = module.parameters()
+    assert weights.shape == (10, 3 * 32 * 32)
+    (view,) = build_pipeline(cfg).transforms
+    image = Image.fromarray(Pictures(None).images[0]).resize((32, 32))
+    assert torch.equal(view(image), transforms.functional.to_tensor(image))
+    settings = settings_of("pil")
+    assert (settings.pgd_steps, settings.step_size, settings.shortcut) == (30, 0.1, 0.9)
+    assert (cfg.max_epochs, cfg.optimizer.lr) == (30, pytest.approx(0.003))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("augmentations.0.crop_size=16", "shows delta itself to the classifier, and views have 16"),
+        ("+backbone.kwargs.depth=3", "backbone.name=pixels has no settings"),
+        ("poison.shortcut=1", "poison.shortcut must be in"),
+    ],
+)
+def test_mistakes_with_pil(change: str, text: str, call: Any, image_folder: Any) -> None:
+    folder = image_folder()
+    data = ["data.dataset=custom", f"data.train_path={folder}", "optimizer.batch_size=6"]
+    sized = ["poison.image_size=32", "max_epochs=1", "data.num_workers=0"]
+    overrides = ["+poison=pil", *data, *sized, change]
+    code, _, error = call("pretrain", "--config-name", "supervised", *overrides)
+    assert code == 2
+    assert text in error
+
+
 def test_a_strength_out_of_range() -> None:
     cfg = complete(compose("supervised", ["+poison=aue", "augmentations.0.strength=2"]))
     with pytest.raises(UserError, match=r"augmentations\.strength must be in \[0, 1\], got 2"):
@@ -282,6 +399,7 @@ def test_a_strength_out_of_range() -> None:
     [
         ("supervised", ["+poison=aue", "poison.rounds=1", "poison.pgd_steps=1"]),
         ("supervised", ["+poison=aap", "poison.pgd_steps=2", "max_epochs=1"]),
+        ("supervised", ["+poison=pil", "poison.pgd_steps=2"]),
         ("byol", ["+poison=tue", "poison.rounds=1", "poison.pgd_steps=1"]),
     ],
 )
@@ -290,7 +408,7 @@ def test_a_poison_is_crafted_from_the_command_line_and_injected(
 ) -> None:
     folder = image_folder()
     small = [
-        *("backbone.kwargs.channels=[8,8,8,8]", "max_epochs=1", "optimizer.batch_size=6"),
+        *("max_epochs=1", "optimizer.batch_size=6"),
         *("data.num_workers=0", "data.dataset=custom"),
         *(f"data.train_path={folder}", f"data.val_path={folder}"),
     ]

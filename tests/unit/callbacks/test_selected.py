@@ -11,6 +11,7 @@ from cp_plugin.callbacks import (
     CraftAap,
     CraftAue,
     CraftErrorMin,
+    CraftPil,
     CraftPoison,
     CraftTap,
     CraftTue,
@@ -60,6 +61,7 @@ def test_settings_reach_the_callbacks_as_they_are(tmp_path: Path) -> None:
         ("aue", CraftAue),
         ("aap", CraftAap),
         ("tue", CraftTue),
+        ("pil", CraftPil),
     ],
 )
 def test_a_craft_goes_to_the_runs_folder_unless_it_has_one(
