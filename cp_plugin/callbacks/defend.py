@@ -61,8 +61,7 @@ class Defence(Callback):
         """Take the settings.
 
         Args:
-            name: matrix_completion, adversarial, noise, smoothing, cutout, mixup, cutmix, dp_sgd
-                or none.
+            name: of `cp_plugin.config.defences.DEFENCES`, or none.
             config: the settings; None: made of `settings`.
             settings: those of the defence, by name, see `cp_plugin.config.defences`.
 

@@ -116,6 +116,70 @@ class SmoothingConfig:
 
 
 @dataclass(frozen=True)
+class JpegConfig:
+    """Images stored as JPEG before augmentation (Liu et al., ICML 2023)."""
+
+    quality: int = 10
+    """As Pillow counts it, 1 to 95; the paper takes 10."""
+
+    def __post_init__(self) -> None:
+        """Check the quality.
+
+        Raises:
+            UserError: it is out of its range.
+        """
+        _within("quality", self.quality, 1, 95)
+
+
+@dataclass(frozen=True)
+class GreyConfig:
+    """Images without colour before augmentation (Liu et al., ICML 2023)."""
+
+
+@dataclass(frozen=True)
+class BitDepthConfig:
+    """Pixels of few values before augmentation (Liu et al., ICML 2023)."""
+
+    bits: int = 2
+    """Of a colour, 1 to 7; the paper takes 2."""
+
+    def __post_init__(self) -> None:
+        """Check the bits.
+
+        Raises:
+            UserError: they are out of their range.
+        """
+        _within("bits", self.bits, 1, 7)
+
+
+@dataclass(frozen=True)
+class OrthogonalConfig:
+    """What a linear classifier reads, projected away (Sandoval-Segura et al., NeurIPS 2023).
+
+    The classifier is fitted to the images that the victim gets; it needs their labels.
+    """
+
+    epochs: int = 20
+    """Of the classifier, by SGD with momentum 0.9."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 0.01
+    """Learning rate, pixels in [0, 1]."""
+    seed: int | None = None
+    """Of the order of the images. None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        _within("epochs", self.epochs, 1, 1000)
+        _within("batch_size", self.batch_size, 1, 1 << 20)
+        _positive("lr", self.lr)
+
+
+@dataclass(frozen=True)
 class CutoutConfig:
     """A square of every view set to the mean (DeVries, Taylor, arXiv:1708.04552, 2017)."""
 
@@ -187,6 +251,10 @@ Settings = (
     | AdversarialConfig
     | NoiseConfig
     | SmoothingConfig
+    | JpegConfig
+    | GreyConfig
+    | BitDepthConfig
+    | OrthogonalConfig
     | CutoutConfig
     | MixupConfig
     | DpSgdConfig
@@ -196,6 +264,10 @@ DEFENCES: dict[str, type[Any] | None] = {
     "adversarial": AdversarialConfig,
     "noise": NoiseConfig,
     "smoothing": SmoothingConfig,
+    "jpeg": JpegConfig,
+    "grey": GreyConfig,
+    "bit_depth": BitDepthConfig,
+    "orthogonal": OrthogonalConfig,
     "cutout": CutoutConfig,
     "mixup": MixupConfig,
     "cutmix": CutmixConfig,

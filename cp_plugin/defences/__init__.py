@@ -1,9 +1,9 @@
 """Defences of a victim against poisons, for plain PyTorch; `Defence` puts them into Lightning.
 
-`defended` wraps a data set (matrix completion, smoothing); `Smoothing`, `GaussianNoise`, `Cutout`
-are transforms; `adversarial_views` moves views against a loss; `Mixing` mixes views and labels;
-`Private` and `with_group_norm` are differentially private SGD; `complete_images` is matrix
-completion itself.
+`defended` wraps a data set (matrix completion, smoothing, JPEG, grey, bit depth, orthogonal
+projection); `Smoothing`, `Jpeg`, `Grey`, `BitDepth`, `GaussianNoise`, `Cutout` are transforms;
+`adversarial_views` moves views against a loss; `Mixing` mixes views and labels; `Private` and
+`with_group_norm` are differentially private SGD; `complete_images` is matrix completion itself.
 """
 
 from cp_plugin.defences.completion import Completions, complete_images, completions_of
@@ -11,15 +11,21 @@ from cp_plugin.defences.images import Smoothing, defended
 from cp_plugin.defences.lowrank import complete, soft_threshold
 from cp_plugin.defences.mixing import Mixing
 from cp_plugin.defences.privacy import Private, with_group_norm
+from cp_plugin.defences.projection import Projection
+from cp_plugin.defences.squeezing import BitDepth, Grey, Jpeg
 from cp_plugin.defences.views import Cutout, GaussianNoise, Pixels, adversarial_views
 
 __all__ = [
+    "BitDepth",
     "Completions",
     "Cutout",
     "GaussianNoise",
+    "Grey",
+    "Jpeg",
     "Mixing",
     "Pixels",
     "Private",
+    "Projection",
     "Smoothing",
     "adversarial_views",
     "complete",

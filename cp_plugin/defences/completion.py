@@ -133,7 +133,7 @@ def _batches(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[list
     """Yield the images of a data set once each by key, stacked where their sizes are equal."""
     seen: set[int] = set()
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    for key, image in _images(dataset, image_size):
+    for key, image in canonical_images(dataset, image_size):
         if key in seen:
             continue
         seen.add(key)
@@ -151,7 +151,8 @@ def _stacked(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
 
-def _images(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[int, Tensor]]:
+def canonical_images(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield key and canonical image, uint8 (C, H, W), of each row of a data set."""
     if wrappers.transforms_of(dataset):
         raw = RawDataset(dataset, image_size)
         for row in range(len(raw)):

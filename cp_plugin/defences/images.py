@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from cp_plugin.config.defences import MatrixCompletionConfig, SmoothingConfig, defence_settings
+from cp_plugin.config.defences import (
+    BitDepthConfig,
+    GreyConfig,
+    JpegConfig,
+    MatrixCompletionConfig,
+    OrthogonalConfig,
+    SmoothingConfig,
+    defence_settings,
+)
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import PreTransformDataset
 from cp_plugin.data.image import Size
 from cp_plugin.defences.completion import Completions
+from cp_plugin.defences.projection import fitted_projection
+from cp_plugin.defences.squeezing import BitDepth, Grey, Jpeg
 
-IMAGE_DEFENCES = (MatrixCompletionConfig, SmoothingConfig)
+ImageSettings = (
+    MatrixCompletionConfig
+    | SmoothingConfig
+    | JpegConfig
+    | GreyConfig
+    | BitDepthConfig
+    | OrthogonalConfig
+)
+IMAGE_DEFENCES = get_args(ImageSettings)
 
 
 class Smoothing(nn.Module):
@@ -55,19 +73,23 @@ class Smoothing(nn.Module):
         return f"{self.config.kind}, size={self.config.size}, sigma={self.config.sigma}"
 
 
-class _Smoothed:
-    """Smooths images of a data set; what `cp_plugin.data.PreTransformDataset` calls."""
+class _Changed:
+    """Changes images of a data set by a module; what `PreTransformDataset` calls."""
 
-    def __init__(self, config: SmoothingConfig) -> None:
-        self._smoothing = Smoothing(config.kind, config.size, config.sigma)
+    reads_labels = False
 
+    def __init__(self, change: nn.Module) -> None:
+        self._change = change
+
+    @torch.no_grad()
     def __call__(self, image_CHW: Tensor, key: int, label: int) -> Tensor:
-        smoothed: Tensor = self._smoothing(image_CHW)
-        return smoothed
+        changed: Tensor = self._change(image_CHW)
+        return changed
 
+    @torch.no_grad()
     def many(self, images_BCHW: Tensor, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
-        smoothed: Tensor = self._smoothing(images_BCHW)
-        return smoothed
+        changed: Tensor = self._change(images_BCHW)
+        return changed
 
 
 def defended(
@@ -83,11 +105,12 @@ def defended(
 
     Args:
         dataset: a map-style data set of images, poisoned ones included; it stays as it is.
-        name: `matrix_completion` (all completions are made now) or `smoothing`.
+        name: `matrix_completion` (all completions are made now), `smoothing`, `jpeg`, `grey`,
+            `bit_depth` or `orthogonal` (its classifier is fitted now).
         image_size: canonical height and width in pixels, or the side of a square; None keeps
             the images' own.
-        device: where completions are computed.
-        seed: of the pixels that are dropped.
+        device: where completions are computed and the classifier is fitted.
+        seed: of the pixels that are dropped, of the order of the images.
         settings: those of the defence, by name, see `cp_plugin.config.defences`.
 
     Raises:
@@ -99,24 +122,40 @@ def defended(
     config = defence_settings(name, settings)
     if not isinstance(config, IMAGE_DEFENCES):
         raise UserError(
-            f"{name} does not change the images of a data set; defended serves matrix_completion "
-            "and smoothing, the others act on views and labels (see cp_plugin.defences)."
+            f"{name} does not change the images of a data set; defended serves matrix_completion, "
+            "smoothing, jpeg, grey, bit_depth and orthogonal, the others act on views and labels "
+            "(see cp_plugin.defences)."
         )
     return with_images_changed(dataset, config, image_size, device, seed)[0]
 
 
 def with_images_changed(
     dataset: Any,
-    config: MatrixCompletionConfig | SmoothingConfig,
+    config: ImageSettings,
     image_size: int | Size | None,
     device: torch.device | str,
     seed: int,
 ) -> tuple[PreTransformDataset, dict[str, float]]:
     """Do what `defended` does, with checked settings; return what it took as well."""
+    if isinstance(config, MatrixCompletionConfig):
+        made = Completions(dataset, config, image_size, device, seed)
+        return PreTransformDataset(dataset, made, image_size), {
+            "completion_seconds": round(made.seconds, 2)
+        }
+    facts = {}
+    if isinstance(config, OrthogonalConfig):
+        change: nn.Module
+        change, seconds = fitted_projection(dataset, config, image_size, device, seed)
+        facts["projection_seconds"] = round(seconds, 2)
+    else:
+        change = _module(config)
+    changed = _Changed(change)
+    return PreTransformDataset(dataset, changed, image_size, changed.many), facts
+
+
+def _module(config: SmoothingConfig | JpegConfig | GreyConfig | BitDepthConfig) -> nn.Module:
     if isinstance(config, SmoothingConfig):
-        smoothed = _Smoothed(config)
-        return PreTransformDataset(dataset, smoothed, image_size, smoothed.many), {}
-    made = Completions(dataset, config, image_size, device, seed)
-    return PreTransformDataset(dataset, made, image_size), {
-        "completion_seconds": round(made.seconds, 2)
-    }
+        return Smoothing(config.kind, config.size, config.sigma)
+    if isinstance(config, JpegConfig):
+        return Jpeg(config.quality)
+    return Grey() if isinstance(config, GreyConfig) else BitDepth(config.bits)

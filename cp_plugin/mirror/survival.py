@@ -40,7 +40,8 @@ class Compressed(Operation):
             changed = images.detach().clone()
             bytes_ = images.detach().mul(255).round().clamp(0, 255).byte().cpu()
             for row in params["used"].nonzero()[:, 0].tolist():
-                changed[row] = _through_jpeg(bytes_[row], int(params["quality"][row])).to(images)
+                again = through_jpeg(bytes_[row], int(params["quality"][row]))
+                changed[row] = again.to(images) / 255
         return images + (changed - images).detach()
 
 
@@ -86,7 +87,8 @@ def survived(
     return images_BCHW
 
 
-def _through_jpeg(pixels_CHW: Tensor, quality: int) -> Tensor:
+def through_jpeg(pixels_CHW: Tensor, quality: int) -> Tensor:
+    """Return an image, uint8 on the CPU, as it is read again after Pillow has stored it as JPEG."""
     planes = pixels_CHW.permute(1, 2, 0).numpy()
     grey = planes.shape[2] == 1
     file = io.BytesIO()
@@ -96,4 +98,4 @@ def _through_jpeg(pixels_CHW: Tensor, quality: int) -> Tensor:
     with Image.open(file) as image:
         found = np.array(image)
     found = found[:, :, None] if grey else found
-    return torch.from_numpy(found).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(found).permute(2, 0, 1)

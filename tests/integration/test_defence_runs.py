@@ -15,9 +15,11 @@ from cp_plugin import CraftPoison, Defence, InjectPoison, Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.callbacks import MirrorViews
+from cp_plugin.config.defences import OrthogonalConfig
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
-from cp_plugin.defences import Smoothing
+from cp_plugin.defences import BitDepth, Grey, Jpeg, Projection, Smoothing
+from cp_plugin.defences.projection import fitted_weights
 from cp_plugin.engine.run import check, run
 from tests.support.own_module import ROOTS, simclr, trainer
 
@@ -98,6 +100,36 @@ def test_smoothing_comes_after_the_poison_and_before_the_transform(mirrored, tmp
     clean = torch.from_numpy(data.data).permute(0, 3, 1, 2)
     expected = Smoothing("median")(poison.apply(clean, targets))
     assert torch.equal((view * 0.25 + 0.5).mul(255).round().to(torch.uint8), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("jpeg", Jpeg()), ("grey", Grey()), ("bit_depth", BitDepth())]
+)
+def test_squeezing_comes_after_the_poison_and_before_the_transform(name, change, tmp_path):
+    data = plain()
+    delta = torch.linspace(-8, 8, 12 * 3072).round().view(12, 3, 32, 32) / 255
+    poison = Poison(Perturbation(delta.contiguous(), 8 / 255), "class", classes=data.classes)
+    module = fit(Classifier(), data, tmp_path, InjectPoison(poison), Defence(name))
+    view, targets, _ = module.seen[0]
+    clean = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    expected = change(poison.apply(clean, targets))
+    assert torch.equal((view * 0.25 + 0.5).mul(255).round().to(torch.uint8), expected)
+
+
+def test_projection_is_fitted_to_the_poisoned_images(tmp_path):
+    data = plain()
+    delta = torch.linspace(-8, 8, 12 * 3072).round().view(12, 3, 32, 32) / 255
+    poison = Poison(Perturbation(delta.contiguous(), 8 / 255), "class", classes=data.classes)
+    defence = Defence("orthogonal", seed=3)
+    view, targets, _ = fit(Classifier(), data, tmp_path, InjectPoison(poison), defence).seen[0]
+    poisoned = poison.apply(torch.from_numpy(data.data).permute(0, 3, 1, 2), targets)
+    weights = fitted_weights(poisoned.flatten(1), targets, OrthogonalConfig(), 3)
+    expected = Projection(weights)(poisoned)
+    off = (view * 0.25 + 0.5).mul(255).round() - expected.float()
+    assert off.abs().max() <= 1  # halves
+    assert (off != 0).float().mean() < 1e-3
+    assert (expected != poisoned).float().mean() > 0.1
+    assert defence.facts()["projection_seconds"] >= 0
 
 
 def test_completions_replace_the_images(tmp_path):

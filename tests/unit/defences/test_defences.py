@@ -196,7 +196,7 @@ def test_a_smoothed_data_set_is_smoothed_before_its_transform():
 
 
 def test_defended_names_what_it_serves():
-    with pytest.raises(UserError, match="serves matrix_completion and smoothing"):
+    with pytest.raises(UserError, match="serves matrix_completion, smoothing, jpeg"):
         defended(Photos(train=True, patches=1), "noise")
 
 
