@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from cp_plugin.attack import snapshot
 from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.attack.row_file import RowFile
+from cp_plugin.attack.start import taken_up
 from cp_plugin.config.settings import CacheMode, CraftConfig, UserError, build, cache_mode
 from cp_plugin.data import PreTransformDataset
 from cp_plugin.data.batch import Batch
@@ -34,6 +37,7 @@ from cp_plugin.data.loading import (
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.hosts.checks import check_module
+from cp_plugin.hosts.distributed import share
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.observe import named_networks
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
@@ -232,12 +236,24 @@ class PoisonLoop:
         return self._crafting.finish().save(self._folder / path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on later, beside the states of model and optimizer."""
-        return {
+        """Return what is needed to go on later, beside the states of model and optimizer.
+
+        A perturbation too large for memory stays in `dir`, where the two newest states of it are
+        kept; one process of several keeps them.
+        """
+        perturbation = self._crafting.attack.perturbation
+        state: dict[str, Any] = {
             "steps_done": self._crafting.schedule.steps_done,
             "model_batches": self._model_batches,
-            "tensors": {name: t.clone() for name, t in self._crafting.tensors().items()},
         }
+        others = self._crafting.tensors()
+        if isinstance(perturbation.rows, RowFile):
+            if share().rank > 0:
+                return state
+            saved = snapshot.save(self._folder, self._model_batches, perturbation, others)
+            return {**state, "snapshot": saved}
+        tensors = {"delta": perturbation.rows, **others}
+        return {**state, "tensors": {name: t.clone() for name, t in tensors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; call before the first epoch.
@@ -245,18 +261,27 @@ class PoisonLoop:
         Raises:
             UserError: it is the state of another data set or of other settings.
         """
-        mine, theirs = self._crafting.tensors(), dict(state["tensors"])
+        attack = self._crafting.attack
+        mine, home = {"delta", *self._crafting.tensors()}, attack.perturbation.rows
+        if "snapshot" in state:
+            theirs = snapshot.load([self._folder], state["snapshot"])
+        else:
+            theirs = {name: tensor.clone() for name, tensor in state["tensors"].items()}
         # States of earlier versions do not tell which rows have moved.
-        theirs.setdefault("moved", torch.ones_like(mine["moved"]))
-        if mine.keys() != theirs.keys() or mine["delta"].shape != theirs["delta"].shape:
+        theirs.setdefault("moved", torch.ones_like(attack.perturbation.moved))
+        if mine != theirs.keys() or home.shape != theirs["delta"].shape:
             raise UserError(
                 f"the state holds delta of shape {tuple(theirs['delta'].shape)}, this loop needs "
-                f"{tuple(mine['delta'].shape)}; use the same data set and settings."
+                f"{tuple(home.shape)}; use the same data set and settings."
             )
-        mine["delta"].copy_(theirs["delta"])
-        mine["moved"].copy_(theirs["moved"])
-        if "keys" in theirs:
-            self._crafting.attack.rows.restore(theirs["keys"].clone())
+        attack.perturbation = taken_up(theirs, self._crafting.config, self._folder)
+        if isinstance(home, Tensor):
+            attack.perturbation.move(home.device)
+        else:
+            home.remove()
+        keys = theirs.get("keys")
+        if isinstance(keys, Tensor):
+            attack.rows.restore(keys)
         self._crafting.schedule.steps_done = int(state["steps_done"])
         self._model_batches = int(state["model_batches"])
 

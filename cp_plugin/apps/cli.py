@@ -277,15 +277,15 @@ def inspect(
 ) -> None:
     """Show what a poison file holds, check its budget and draw it."""
     from cp_plugin.apps.pictures import picture_of_rows
-    from cp_plugin.attack.poison_file import Poison, largest_change
+    from cp_plugin.attack.poison_file import Poison
 
     found = Poison.load(poison)
     table = Table("field", "value", show_header=False)
-    largest = largest_change(found)
+    largest = found.perturbation.largest()
     shape = " x ".join(map(str, found.perturbation.shape))
     facts: dict[str, Any] = {
         "granularity": found.granularity,
-        "rows": f"{len(found.perturbation)} of {shape}, {found.perturbation.stored.dtype}",
+        "rows": f"{len(found.perturbation)} of {shape}, {found.perturbation.dtype}",
         "budget": f"eps {255 * found.eps:.2f}/255, largest change {255 * largest:.2f}/255: kept",
         "classes": ", ".join(found.classes) if found.classes else "-",
         **found.info,

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
-from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.start import start
 from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
@@ -91,7 +90,7 @@ class Crafting:
             raw: the data set without its transform.
             config: the settings.
             seed: of start and augmentations.
-            folder: where a perturbation too large for memory is mapped from.
+            folder: where a perturbation too large for memory is.
             resumed: what `state` gave, with `tensors`.
 
         Raises:
@@ -106,7 +105,7 @@ class Crafting:
         self._chosen: Tensor | None = None
         begun = start(raw, self.labels, config, seed, folder, resumed)
         self._images, self._parts_before = begun.images, begun.parts
-        if begun.perturbation.stored.nbytes <= DEVICE_BYTES:
+        if begun.perturbation.nbytes <= DEVICE_BYTES:
             begun.perturbation.move(host.device)
         of_images = aspects(raw) if config.fit == "cover" else None
         self.attack = Attack(
@@ -307,9 +306,11 @@ class Crafting:
 
     def _all_keys(self, keys_K: Tensor) -> Tensor:
         """Return the keys of all rows; a row stays without where an identical image has one."""
-        keys_K, of_image = keys_K.clone(), self.attack.rows.of_image
-        seen = set(keys_K.tolist())
+        of_image = self.attack.rows.of_image
         left = (of_image >= 0) & (keys_K[of_image] == 0)
+        if not bool(left.any()):
+            return keys_K
+        keys_K, seen = keys_K.clone(), set(keys_K.tolist())
         for image in left.nonzero().flatten().tolist():
             key = self.raw[image].key
             if key not in seen:
@@ -318,10 +319,9 @@ class Crafting:
         return keys_K
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return delta, which rows of it have moved and their keys, to go on from later."""
-        rows, perturbation = self.attack.rows, self.attack.perturbation
-        keys = {} if rows.keys is None else {"keys": rows.keys}
-        return {"delta": perturbation.stored, "moved": perturbation.moved, **keys}
+        """Return which rows have moved and their keys: with delta, what is needed to go on."""
+        keys = {} if self.attack.rows.keys is None else {"keys": self.attack.rows.keys}
+        return {"moved": self.attack.perturbation.moved, **keys}
 
     def poison(self, whole: bool = False) -> Poison:
         """Return the perturbation as it stands.
@@ -329,12 +329,13 @@ class Crafting:
         Args:
             whole: with the rows of images that no batch has brought yet.
         """
-        rows, stored, keys = self.attack.rows, self.attack.perturbation.stored.cpu(), None
-        moved = self.attack.perturbation.moved.cpu()
+        rows, perturbation, keys = self.attack.rows, self.attack.perturbation, None
+        carried = torch.ones(len(perturbation), dtype=torch.bool)
         if rows.keys is not None:
             keys = self._all_keys(rows.keys) if whole else rows.keys
-            seen = keys != 0
-            stored, keys, moved = stored[seen], keys[seen], moved[seen]
+            carried = keys != 0
+            keys = keys[carried]
+        moved = perturbation.moved.cpu()[carried]
         classes = names_or_numbers(self.raw.dataset)
         by_class = self.config.granularity == "class"
         chosen = self._chosen_keys() if by_class and self.config.fraction < 1 else None
@@ -342,7 +343,7 @@ class Crafting:
         if self._images and carry is not None:
             info |= {"fraction": repr(len(carry) / self._images), "images": str(self._images)}
         return Poison(
-            Perturbation(stored, self.config.eps),
+            perturbation.selected(carried.nonzero().flatten()),
             self.config.granularity,
             keys,
             classes if by_class else None,

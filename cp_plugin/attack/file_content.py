@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cp_plugin.attack.perturbation import DTYPES
+from cp_plugin.attack.row_file import RowFile
 from cp_plugin.config.settings import Granularity, UserError
 
 LARGEST_SIDE = 4096
@@ -20,7 +21,9 @@ OBJECTS, LISTS = ("schedule", "versions", "placement"), ("parts",)
 """Entries of the metadata that are JSON."""
 
 
-def check_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def check_content(
+    path: Path, tensors: Mapping[str, Tensor | RowFile], metadata: Mapping[str, str]
+) -> None:
     """Check form and types of all tensors, and every entry of the metadata that is read later.
 
     Args:
@@ -58,7 +61,7 @@ def check_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
     for name in ("keys", "chosen"):
         owners = tensors.get(name)
-        if owners is not None and (owners.dtype != torch.int64 or owners.ndim != 1):
+        if owners is not None and (owners.dtype != torch.int64 or len(owners.shape) != 1):
             raise UserError(
                 f"{path} holds {name} of shape {tuple(owners.shape)} and {owners.dtype}; expected "
                 "int64 (K), so it is damaged or no poison file."

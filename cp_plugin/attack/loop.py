@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cp_plugin.attack.key_index import KeyIndex
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import AlternationConfig, Fit, UserError
 from cp_plugin.data.batch import Batch
@@ -83,7 +84,7 @@ class Rows:
     """int64 (N): -1 for an image that is not poisoned."""
     keys: Tensor | None = None
     """int64 (K), 0 until the image of a row was seen; None for class granularity."""
-    _first: dict[int, int] = field(default_factory=dict)
+    _row_of_key: KeyIndex = field(default_factory=KeyIndex)
 
     @classmethod
     def of_samples(cls, chosen: Tensor) -> Rows:
@@ -99,7 +100,8 @@ class Rows:
     def restore(self, keys: Tensor) -> None:
         """Take the keys of an earlier run's snapshot."""
         self.keys = keys
-        self._first = {key: row for row, key in enumerate(keys.tolist()) if key}
+        (seen,) = torch.nonzero(keys, as_tuple=True)
+        self._row_of_key = KeyIndex(keys[seen], seen)
 
     def of_batch(self, batch: Batch) -> Tensor:
         """Return the rows of the batch's images, int64 (P * B), on the CPU.
@@ -108,16 +110,16 @@ class Rows:
         that every process keeps the same rows and keys.
         """
         rows = self.of_image[gathered(batch.rows)]
-        if self.keys is not None:
-            pairs = zip(gathered(batch.keys).tolist(), rows.tolist(), strict=True)
-            rows = torch.tensor([row if row < 0 else self.claim(key, row) for key, row in pairs])
-        return rows
-
-    def claim(self, key: int, row: int) -> int:
-        """Return the row of the image with this key: the given one, or an identical image's."""
-        first = self._first.setdefault(key, row)
-        if first == row and self.keys is not None:
-            self.keys[row] = key
+        if self.keys is None:
+            return rows
+        keys = gathered(batch.keys)
+        first = torch.where(rows < 0, rows, self._row_of_key.find(keys))
+        for place in ((rows >= 0) & (first < 0)).nonzero().flatten().tolist():
+            key, row = int(keys[place]), int(rows[place])
+            # The row of an identical image, where one was seen before.
+            first[place] = self._row_of_key.claim(key, row)
+            if first[place] == row:
+                self.keys[row] = key
         return first
 
 

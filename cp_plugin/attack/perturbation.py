@@ -1,4 +1,4 @@
-"""The delta store: one row a class or an image, in memory or mapped from disk.
+"""The delta store: one row a class or an image, in memory or in a file.
 
 This is the only place that writes and clips delta. Only the rows of a batch are read and written.
 Row numbers stay on the CPU, where they come from: no accelerator is waited for because of them.
@@ -8,14 +8,19 @@ Legend for shapes: K rows of the store, U rows asked for, C channels, H and W pi
 from __future__ import annotations
 
 import math
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cp_plugin.attack.rounding import decode, encode, is_short, stepped
+from cp_plugin.attack.row_file import RowFile, slices
 from cp_plugin.config.settings import RowType, UserError, check_eps
 
+LEAST_SAVED_BY_ROWS = 64 << 20
+"""A perturbation of fewer bytes is saved whole each time."""
 DTYPES: dict[RowType, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -29,27 +34,29 @@ class Perturbation:
     Row numbers below zero mean "not poisoned": they read as zero and are never written.
     """
 
-    def __init__(self, stored: Tensor, eps: float) -> None:
+    def __init__(self, rows: Tensor | RowFile, eps: float) -> None:
         """Wrap rows that are already within the budget; `uniform` and `zeros` make new ones.
 
         Args:
-            stored: (K, C, H, W), float32, float16 or int8 (units of eps / 127).
+            rows: (K, C, H, W), float32, float16 or int8 (units of eps / 127). Rows in memory are
+                checked here, those of a file as they are read.
             eps: largest change of a pixel, in [0, 1].
 
         Raises:
             UserError: a row exceeds eps, or eps is no budget.
         """
         self.eps = check_eps(eps)
-        self.stored = stored
-        self.moved = torch.zeros(len(stored), dtype=torch.bool, device=stored.device)
+        self.rows = rows
+        """What holds them, a tensor or a file."""
+        self.moved = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         """Rows that any gradient has moved, bool (K)."""
-        for part in torch.split(stored, 4096):
-            worst = decode(part, eps).abs().max().item() if part.numel() else 0.0
-            if not worst <= eps * (1 + 1e-6):
-                raise UserError(
-                    f"expected a perturbation of at most {eps:.5f} a pixel, got {worst:.5f}; "
-                    "the file is damaged or was made with a larger eps."
-                )
+        self._saved: RowFile | None = None
+        """Rows in memory as they were when they were last written, where they are many."""
+        self._unsaved = torch.ones(len(rows), dtype=torch.bool)
+        """Rows that were written to since, bool (K)."""
+        if isinstance(rows, Tensor):
+            for part in self.parts():
+                self._checked(decode(rows[part], eps))
 
     @classmethod
     def uniform(
@@ -69,13 +76,12 @@ class Perturbation:
             eps: largest change of a pixel, in [0, 1].
             dtype: how rows are stored.
             generator: a CPU generator; None uses the global one.
-            file: keep the rows in this file, mapped into memory, instead of in memory.
+            file: keep the rows in this file instead of in memory.
         """
         store = cls.zeros(rows, shape, eps, dtype, file)
-        for start in range(0, rows, 4096):
-            part = store.stored[start : start + 4096]
-            draw = torch.rand(part.shape, generator=generator)
-            part.copy_(encode((2 * draw - 1) * eps, eps, part.dtype))
+        for part in store.parts():
+            draw = torch.rand((part.stop - part.start, *shape), generator=generator)
+            store.rows[part] = encode((2 * draw - 1) * eps, eps, store.dtype)
         return store
 
     @classmethod
@@ -91,23 +97,95 @@ class Perturbation:
         size = (rows, *shape)
         if file is None:
             return cls(torch.zeros(size, dtype=DTYPES[dtype]), eps)
-        count = math.prod(size)
-        file.unlink(missing_ok=True)
-        mapped = torch.from_file(str(file), shared=True, size=count, dtype=DTYPES[dtype])
-        return cls(mapped.view(size), eps)
+        return cls(RowFile.create(file, size, DTYPES[dtype]), eps)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a row."""
-        channels, height, width = self.stored.shape[1:]
+        channels, height, width = self.rows.shape[1:]
         return channels, height, width
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """How rows are stored."""
+        return self.rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows as they are stored."""
+        return self.rows.nbytes
+
+    @property
+    def stored(self) -> Tensor:
+        """All rows as one tensor (K, C, H, W); those of a file are read into memory."""
+        return self.rows if isinstance(self.rows, Tensor) else self.rows[:]
+
+    def parts(self) -> Iterator[slice]:
+        """Yield all rows, so many at a time that they take little memory as float32 too."""
+        yield from slices(len(self), 4 * math.prod(self.shape))
+
     def move(self, device: torch.device) -> None:
-        """Keep the rows on a device from now on, such as that of the model they are made with."""
-        self.stored, self.moved = self.stored.to(device), self.moved.to(device)
+        """Keep the rows on a device from now on, such as that of the model they are made with.
+
+        Those of a file stay where they are.
+        """
+        if isinstance(self.rows, Tensor):
+            self.rows, self.moved = self.rows.to(device), self.moved.to(device)
+
+    def in_file(self, folder: Path) -> RowFile | None:
+        """Return a file with the rows as they are now; None where they are few.
+
+        Of rows in memory those that changed since the last call are written to it.
+
+        Args:
+            folder: where the file is made, if there is none yet.
+        """
+        if isinstance(self.rows, RowFile):
+            return self.rows
+        if self.nbytes < LEAST_SAVED_BY_ROWS or not RowFile.available:
+            return None
+        if self._saved is None:
+            self._saved = RowFile.create(new_rows(folder), tuple(self.rows.shape), self.dtype)
+            self._unsaved.fill_(True)
+        changed = self._unsaved.nonzero().flatten()
+        for part in slices(len(changed), self._saved.row_bytes):
+            own = changed[part]
+            self._saved[own] = self.rows[own.to(self.rows.device)].cpu()
+        self._unsaved.zero_()
+        return self._saved
+
+    @classmethod
+    def continued(cls, saved: RowFile, eps: float, file: Path, in_memory: bool) -> Perturbation:
+        """Go on from rows that were saved.
+
+        Args:
+            saved: the rows. Their file is written to where it is in the folder of `file`; if not,
+                it stays as it is.
+            eps: largest change of a pixel, in [0, 1].
+            file: where they are copied to, if they have to be.
+            in_memory: whether they are held in memory.
+        """
+        own = saved.path.parent.resolve() == file.parent.resolve()
+        if not in_memory:
+            return cls(saved.to_write() if own else saved.copied(file), eps)
+        made = cls(saved[:], eps)
+        if own:
+            made._saved = saved.to_write()
+            made._unsaved.zero_()
+        return made
+
+    def selected(self, rows_M: Tensor) -> Perturbation:
+        """Return some of the rows: a copy of those in memory, those of a file as they lie there."""
+        if isinstance(self.rows, Tensor):
+            return Perturbation(self.rows[rows_M.to(self.rows.device)].cpu(), self.eps)
+        return Perturbation(self.rows.selected(rows_M), self.eps)
+
+    def largest(self) -> float:
+        """Return the largest absolute entry, in [0, 1]."""
+        return max(decode(self.rows[part], self.eps).abs().max().item() for part in self.parts())
 
     def gather(self, rows_U: Tensor, device: torch.device | None = None) -> Tensor:
         """Return the rows as a new float32 tensor (U, C, H, W).
@@ -115,20 +193,25 @@ class Perturbation:
         Args:
             rows_U: int64, on the CPU.
             device: where the result is; None: where the rows are kept.
+
+        Raises:
+            UserError: a row that is read from a file exceeds eps.
         """
-        home = self.stored.device
-        picked = self.stored[_moved(rows_U.clamp(min=0), home)]
+        home = self.rows.device
+        picked = self.rows[_moved(rows_U.clamp(min=0), home)]
         delta = decode(_moved(picked, device or home), self.eps)
+        if isinstance(self.rows, RowFile):
+            self._checked(delta)
         return delta.mul_(_moved(rows_U >= 0, delta.device).view(-1, 1, 1, 1))
 
     def write(self, rows_U: Tensor, delta_UCHW: Tensor) -> None:
         """Clip and store the rows; a row number may stand only once in `rows_U`."""
-        home, delta = self.stored.device, delta_UCHW.detach()
+        home, delta = self.rows.device, delta_UCHW.detach()
         (kept,) = torch.nonzero(rows_U >= 0, as_tuple=True)
         if len(kept) < len(rows_U):
             delta = delta[_moved(kept, delta.device)]
-        stored = _moved(encode(delta, self.eps, self.stored.dtype), home)
-        self.stored[_moved(rows_U[kept], home)] = stored
+        self.rows[_moved(rows_U[kept], home)] = _moved(encode(delta, self.eps, self.dtype), home)
+        self._unsaved[rows_U[kept]] = True
 
     def descend(
         self, rows_U: Tensor, gradient_UCHW: Tensor, step: float, seed: int | None = None
@@ -146,13 +229,27 @@ class Perturbation:
         direction = torch.nan_to_num(gradient_UCHW.float(), posinf=0.0, neginf=0.0).sign_()
         home, own = self.moved.device, _moved((rows_U >= 0).nonzero().flatten(), direction.device)
         kept = _moved(rows_U[rows_U >= 0], home)
-        if seed is not None and is_short(step, self.eps, self.stored.dtype):
-            rows = _moved(self.stored[kept], direction.device)
+        if seed is not None and is_short(step, self.eps, self.dtype):
+            rows = _moved(self.rows[kept], direction.device)
             made = stepped(rows, direction[own], step, self.eps, seed)
-            self.stored[kept] = _moved(made, home)
+            self.rows[kept] = _moved(made, home)
+            self._unsaved[rows_U[rows_U >= 0]] = True
         else:
             self.write(rows_U, self.gather(rows_U, direction.device).sub_(direction, alpha=step))
         self.moved[kept] |= _moved(direction.flatten(1).any(1)[own], home)
+
+    def _checked(self, delta: Tensor) -> None:
+        worst = delta.abs().max().item() if delta.numel() else 0.0
+        if not worst <= self.eps * (1 + 1e-6):
+            raise UserError(
+                f"expected a perturbation of at most {self.eps:.5f} a pixel, got {worst:.5f}; "
+                "the file is damaged or was made with a larger eps."
+            )
+
+
+def new_rows(folder: Path) -> Path:
+    """Return the name of a new file of rows in a folder."""
+    return folder / f"delta-{uuid.uuid4().hex[:8]}.rows"
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cp_plugin.attack.file_content import check_content
+from cp_plugin.attack.key_index import KeyIndex
 from cp_plugin.attack.perturbation import Perturbation
-from cp_plugin.attack.rounding import decode
+from cp_plugin.attack.row_file import RowFile
+from cp_plugin.attack.tensor_file import read_by_rows, write_atomically
 from cp_plugin.config.settings import Fit, Granularity, UserError, check_fit
 from cp_plugin.data.fit import at_size, in_levels, keeping_grey
 from cp_plugin.data.image import Size
 from cp_plugin.data.labels import distinct
 from cp_plugin.data.subset import keys_of_part
-from cp_plugin.util.whole_files import written_whole
 
 FORMAT = "1"
 ATTACHED = "placement."
@@ -100,12 +99,15 @@ class Poison:
             raise UserError(
                 f"{path} exists and a poison is never overwritten; choose another name."
             )
-        tensors = {"delta": self.perturbation.stored.contiguous()}
+        rows = self.perturbation.rows
+        tensors: dict[str, Tensor | RowFile] = {
+            "delta": rows.contiguous() if isinstance(rows, Tensor) else rows
+        }
         if self.keys is not None:
             tensors["keys"] = self.keys
         if self.chosen is not None:
             tensors["chosen"] = self.chosen
-        tensors |= self.attached
+        tensors.update(self.attached)
         metadata = {
             **self.info,
             "format": FORMAT,
@@ -120,22 +122,23 @@ class Poison:
 
     @classmethod
     def load(cls, path: str | Path) -> Poison:
-        """Read and check a poison file.
+        """Read and check a poison file; the rows of a large one stay there until they are needed.
 
         Raises:
             UserError: the file is missing, truncated, of another format, or breaks its own budget.
         """
-        tensors, metadata = read(Path(path))
-        if metadata.get("format") != FORMAT or "delta" not in tensors:
+        found, metadata = read_by_rows(Path(path), "delta")
+        if metadata.get("format") != FORMAT or "delta" not in found:
             raise UserError(
                 f"{path} is no poison of format {FORMAT} (it has {metadata.get('format')}); "
                 "`cp-plugin import` converts the authors' .pth files."
             )
-        check_content(Path(path), tensors, metadata)
+        check_content(Path(path), found, metadata)
+        tensors = {name: one for name, one in found.items() if isinstance(one, Tensor)}
         classes = metadata.get("classes")
         known = {"format", "granularity", "eps", "image_size", "classes"}
         return cls(
-            Perturbation(tensors["delta"], float(metadata["eps"])),
+            Perturbation(found["delta"], float(metadata["eps"])),
             cast(Granularity, metadata["granularity"]),
             keys=tensors.get("keys"),
             classes=None if classes is None else distinct(json.loads(classes)),
@@ -145,9 +148,8 @@ class Poison:
         )
 
     @cached_property
-    def _row_of_key(self) -> dict[int, int]:
-        keys = cast(Tensor, self.keys).tolist()
-        return {key: row for row, key in reversed(list(enumerate(keys)))}
+    def _row_of_key(self) -> KeyIndex:
+        return KeyIndex(self.keys)
 
     @cached_property
     def _row_of_member(self) -> dict[int, int]:
@@ -173,7 +175,7 @@ class Poison:
                 images that it does not know by their keys.
         """
         if self.granularity == "sample":
-            return torch.tensor([self._row_of_key.get(key, -1) for key in keys or ()])
+            return self._row_of_key.find(torch.tensor(keys or (), dtype=torch.int64))
         names, members = self._row_of_class, self._row_of_member
         found = [-1 if name is None else names.get(name, -1) for name in classes or ()]
         if members and keys is not None:
@@ -240,7 +242,7 @@ class Poison:
         info = {**self.info, "fraction": repr(len(chosen) / count), "images": str(count)}
         if self.granularity == "class":
             return replace(self, info=info, chosen=chosen)
-        own = Perturbation(self.perturbation.stored[self.rows(chosen.tolist())], self.eps)
+        own = self.perturbation.selected(self._row_of_key.find(chosen))
         return replace(self, perturbation=own, keys=chosen, info=info)
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
@@ -297,41 +299,6 @@ class Poison:
                 f"Canonical({self.size}) first."
             )
         return self.offsets(rows_B).add_(images_BCHW).clamp_(0, 255).to(torch.uint8)
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no poison file at {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged or truncated ({error}); make or copy it again."
-        ) from None
-
-
-def write_atomically(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write a safetensors file that is either whole or absent.
-
-    Raises:
-        NoRoom: the disk is full.
-    """
-    with written_whole(path) as partial:
-        save_file(dict(tensors), str(partial), dict(metadata))
-
-
-def largest_change(poison: Poison) -> float:
-    """Return the largest absolute entry of delta, in [0, 1]."""
-    stored = poison.perturbation.stored
-    return max(decode(part, poison.eps).abs().max().item() for part in torch.split(stored, 4096))
 
 
 def _some(names: Sequence[str]) -> str:

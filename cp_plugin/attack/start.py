@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,19 @@ import torch
 from torch import Tensor
 
 from cp_plugin.attack.loop import Rows
-from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.perturbation import DTYPES, Perturbation, new_rows
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.attack.row_file import RowFile
+from cp_plugin.attack.snapshot import remove_unnamed
 from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.data.subset import keys_of_part
+from cp_plugin.hosts.distributed import share
+from cp_plugin.util.memory import available_bytes
 
-MAPPED_BYTES = 8 << 30
-"""A perturbation larger than this is mapped from a file instead of held in memory."""
+LARGEST_IN_MEMORY = 8 << 30
+"""Bytes; a larger perturbation is in a file, as is one that takes more than half of what memory is
+available."""
 
 
 @dataclass
@@ -49,7 +56,7 @@ def start(
         labels: int64 (N), negative where unlabelled; None: there are none.
         config: granularity, fraction, eps, dtype and init are read from it.
         seed: of the start noise.
-        folder: where a perturbation too large for memory is mapped from.
+        folder: where a perturbation too large for memory is.
         resumed: an earlier run's state, with `tensors`.
 
     Raises:
@@ -71,7 +78,10 @@ def start(
     if resumed:
         tensors = resumed["tensors"]
         _check_shapes(tensors, (count, *raw[0].image.shape), rows.keys is not None)
-        return Start(_resumed(tensors, rows, keys, count, config), rows, images)
+        _check_keys(tensors, rows, keys, count, config)
+        return Start(taken_up(tensors, config, folder), rows, images)
+    if share().rank == 0:
+        remove_unnamed(folder)
     perturbation = _noise(raw, count, config, folder, generator)
     parts: list[dict[str, Any]] = []
     if config.init not in (RANDOM, ZERO):
@@ -112,7 +122,7 @@ def _chosen(
     return torch.isin(of_all, keys), keys, len(torch.unique(countable))
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], shape: tuple[int, ...], keyed: bool) -> None:
+def _check_shapes(tensors: Mapping[str, Any], shape: tuple[int, ...], keyed: bool) -> None:
     """Check that a snapshot has the form that the data set asks for.
 
     Raises:
@@ -129,11 +139,16 @@ def _check_shapes(tensors: Mapping[str, Tensor], shape: tuple[int, ...], keyed: 
         )
 
 
-def _resumed(
-    tensors: Mapping[str, Tensor], rows: Rows, keys: Tensor, count: int, config: AlternationConfig
-) -> Perturbation:
+def _check_keys(
+    tensors: Mapping[str, Any], rows: Rows, keys: Tensor, count: int, config: AlternationConfig
+) -> None:
+    """Take over the keys of a snapshot.
+
+    Raises:
+        UserError: they are those of other images.
+    """
     if rows.keys is not None:
-        saved = tensors["keys"]
+        saved: Tensor = tensors["keys"]
         known = saved[saved != 0] if config.fraction < 1 else saved[:0]
         if len(saved) != count or not bool(torch.isin(known, keys).all()):
             raise UserError(
@@ -143,9 +158,29 @@ def _resumed(
                 "with, or start anew."
             )
         rows.restore(saved)
-    perturbation = Perturbation(tensors["delta"], config.eps)
+
+
+def taken_up(
+    tensors: Mapping[str, Tensor | RowFile], config: AlternationConfig, folder: Path
+) -> Perturbation:
+    """Return the perturbation of a snapshot, to go on with.
+
+    Args:
+        tensors: as `cp_plugin.attack.snapshot.load` gives them.
+        config: eps is read from it.
+        folder: where a perturbation too large for memory is.
+    """
+    delta = tensors["delta"]
+    if isinstance(delta, RowFile):
+        file = _own_rows(folder)
+        perturbation = Perturbation.continued(delta, config.eps, file, not _is_large(delta.nbytes))
+        _forget(perturbation, file)
+    else:
+        perturbation = Perturbation(delta, config.eps)
     # Snapshots of earlier versions do not tell; their rows count as moved.
-    perturbation.moved = tensors.get("moved", torch.ones_like(perturbation.moved))
+    moved = tensors.get("moved", torch.ones_like(perturbation.moved))
+    assert isinstance(moved, Tensor)
+    perturbation.moved = moved
     return perturbation
 
 
@@ -157,12 +192,32 @@ def _noise(
     generator: torch.Generator,
 ) -> Perturbation:
     channels, height, width = raw[0].image.shape
-    bytes_ = count * channels * height * width * 4
-    file = folder / "delta.rows" if bytes_ > MAPPED_BYTES else None
     shape = (channels, height, width)
+    large = _is_large(count * math.prod(shape) * DTYPES[config.dtype].itemsize)
+    file = _own_rows(folder) if large else None
     if config.init == ZERO:
-        return Perturbation.zeros(count, shape, config.eps, config.dtype, file)
-    return Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
+        made = Perturbation.zeros(count, shape, config.eps, config.dtype, file)
+    else:
+        made = Perturbation.uniform(count, shape, config.eps, config.dtype, generator, file)
+    _forget(made, file)
+    return made
+
+
+def _is_large(bytes_: int) -> bool:
+    """Whether rows are kept in a file: they would take too much memory of all processes here."""
+    largest = min(LARGEST_IN_MEMORY, available_bytes() // share().processes // 2)
+    return RowFile.available and bytes_ > largest
+
+
+def _own_rows(folder: Path) -> Path:
+    """Return where this process has its rows: the first one in the run's folder, for snapshots."""
+    return new_rows(folder if share().rank == 0 else Path(tempfile.gettempdir()))
+
+
+def _forget(perturbation: Perturbation, file: Path | None) -> None:
+    """Let the rows of a process that saves none vanish with it."""
+    if share().rank > 0 and isinstance(perturbation.rows, RowFile) and file is not None:
+        perturbation.rows.remove()
 
 
 def _take_over(

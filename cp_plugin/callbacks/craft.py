@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cp_plugin.attack import snapshot
 from cp_plugin.attack.crafting import Crafting, raw_and_mirror
 from cp_plugin.attack.loop import Attack, Schedule, Term
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.callbacks import snapshot
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
 from cp_plugin.callbacks.restart import Restarts
@@ -245,6 +245,12 @@ class CraftPoison(Callback):
             self._start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Remove the file of a large perturbation that no checkpoint needs any more."""
+        ended = stage == "fit" and hasattr(self, "crafting")
+        if ended and trainer.is_global_zero and self.path.exists():
+            snapshot.remove_unnamed(self.folder)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give module and loader their own back when training breaks off."""
         if hasattr(self, "_hooks"):
@@ -261,6 +267,7 @@ class CraftPoison(Callback):
             "snapshot": snapshot.save(
                 self.folder,
                 trainer.global_step,
+                self.attack.perturbation,
                 self.crafting.tensors(),
                 _checkpoint_folders(trainer),
             ),

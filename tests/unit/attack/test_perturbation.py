@@ -76,11 +76,11 @@ def test_repeated_rows_add_their_gradients_before_the_sign():
     assert torch.allclose(perturbation.gather(rows), torch.full((3, *SHAPE), -0.5 * EPS))
 
 
-def test_rows_mapped_from_a_file_behave_like_rows_in_memory(tmp_path):
-    mapped, held = store(file=tmp_path / "rows"), store()
-    for perturbation in (mapped, held):
+def test_rows_in_a_file_behave_like_rows_in_memory(tmp_path):
+    in_file, held = store(file=tmp_path / "rows"), store()
+    for perturbation in (in_file, held):
         perturbation.descend(torch.tensor([3]), torch.ones(1, *SHAPE), 0.1)
-    assert torch.equal(mapped.stored, held.stored)
+    assert torch.equal(in_file.stored, held.stored)
     assert (tmp_path / "rows").stat().st_size == held.stored.numel() * 4
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cp_plugin.attack.perturbation import Perturbation
-from cp_plugin.attack.poison_file import Poison, largest_change
+from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 
 SHAPE = (3, 8, 8)
@@ -119,4 +119,4 @@ def test_keys_must_be_as_many_as_rows():
 
 
 def test_largest_change():
-    assert largest_change(sample_poison()) == pytest.approx(8 / 255, rel=0.01)
+    assert sample_poison().perturbation.largest() == pytest.approx(8 / 255, rel=0.01)
