@@ -36,6 +36,7 @@ from cp_plugin.data.loading import (
 )
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
+from cp_plugin.evaluation.clusters import put_into_clusters
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.distributed import share
 from cp_plugin.hosts.module import ModuleHost
@@ -181,7 +182,10 @@ class PoisonLoop:
             self._check_shown()
             self._crafting.attack.check_moved("the body of the loop")
             self._model_batches += 1
-            if schedule.model_step():
+            noisy = schedule.model_step()
+            if self._crafting.awaits_clusters:
+                put_into_clusters(self._crafting)
+            if noisy:
                 yield from self._noise_phase(batch)
 
     def backward(
@@ -244,6 +248,7 @@ class PoisonLoop:
         perturbation = self._crafting.attack.perturbation
         state: dict[str, Any] = {
             "steps_done": self._crafting.schedule.steps_done,
+            "facts": self._crafting.facts,
             "model_batches": self._model_batches,
         }
         others = self._crafting.tensors()
@@ -269,7 +274,8 @@ class PoisonLoop:
             theirs = {name: tensor.clone() for name, tensor in state["tensors"].items()}
         # States of earlier versions do not tell which rows have moved.
         theirs.setdefault("moved", torch.ones_like(attack.perturbation.moved))
-        if mine != theirs.keys() or home.shape != theirs["delta"].shape:
+        grouped = theirs.keys() - mine if "clusters" in theirs else set()
+        if mine | grouped != theirs.keys() or home.shape != theirs["delta"].shape:
             raise UserError(
                 f"the state holds delta of shape {tuple(theirs['delta'].shape)}, this loop needs "
                 f"{tuple(home.shape)}; use the same data set and settings."
@@ -282,6 +288,7 @@ class PoisonLoop:
         keys = theirs.get("keys")
         if isinstance(keys, Tensor):
             attack.rows.restore(keys)
+        self._crafting.regroup(theirs, state.get("facts", {}))
         self._crafting.schedule.steps_done = int(state["steps_done"])
         self._model_batches = int(state["model_batches"])
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
-from cp_plugin.attack.poison_file import Poison
+from cp_plugin.attack.poison_file import ATTACHED, MEMBERS, Poison
 from cp_plugin.attack.start import start
 from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.canonical import aspects, canonical_size
+from cp_plugin.data.labels import cluster_name
 from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
@@ -36,6 +37,8 @@ log = logging.getLogger("cp_plugin")
 
 CHECK_EVERY = 100
 """Gradients of noise phases between two checks that the loss reads no labels."""
+CLEAN_SHARE = 0.2
+"""Part of a craft by cluster that comes before there are clusters, on clean images."""
 DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
 
@@ -105,12 +108,18 @@ class Crafting:
         self._chosen: Tensor | None = None
         begun = start(raw, self.labels, config, seed, folder, resumed)
         self._images, self._parts_before = begun.images, begun.parts
+        self._in_part = begun.chosen
+        self._attached: dict[str, Tensor] = {}
+        self.facts: dict[str, str] = {}
+        """Of a poison by cluster, text that the poison file carries beside what is known of all."""
         if begun.perturbation.nbytes <= DEVICE_BYTES:
             begun.perturbation.move(host.device)
         of_images = aspects(raw) if config.fit == "cover" else None
         self.attack = Attack(
             host, view_mirror, begun.perturbation, begun.rows, config, seed, of_images
         )
+        if resumed:
+            self.regroup(resumed["tensors"], resumed.get("facts", {}))
         self._bound = list(host.momentum_modules())
         host.branch.dual = config.uses_dual_branch
         self._gradients_since_check = 0
@@ -118,14 +127,65 @@ class Crafting:
         """The last loss of a model step."""
         self.schedule = self._schedule(1, 1)
 
-    def plan(self, batches: int, accumulated: int = 1) -> None:
+    def plan(self, batches: int, accumulated: int = 1, steps: float = math.inf) -> None:
         """Turn `epoch` into numbers of steps.
 
         Args:
             batches: of an epoch.
             accumulated: batches an optimiser step.
+            steps: optimiser steps after which the host's own training ends.
         """
         self.schedule = self._schedule(batches, accumulated)
+        if self.config.granularity == "cluster":
+            length = self.schedule.model_steps
+            whole = int(min(self.schedule.total_steps, steps)) // length
+            self.schedule.clean_steps = max(1, round(CLEAN_SHARE * whole)) * length
+
+    @property
+    def awaits_clusters(self) -> bool:
+        """Whether the surrogate has just seen its last clean images: `group` is to be called."""
+        done, clean = self.schedule.steps_done, self.schedule.clean_steps
+        return clean > 0 and done == clean
+
+    def group(
+        self, clusters_N: Tensor, attached: Mapping[str, Tensor], facts: Mapping[str, str]
+    ) -> None:
+        """Give every image the row of its cluster; from here on images carry delta.
+
+        Args:
+            clusters_N: int64 (N), the cluster of each image of the data set.
+            attached: further tensors for the poison file, which tell the cluster of a new image.
+            facts: further text for the poison file.
+        """
+        rows = self.attack.rows
+        rows.of_image = torch.where(self._in_part, clusters_N, -1)
+        carry = rows.of_image >= 0
+        keys = torch.tensor([self.raw[image].key for image in carry.nonzero().flatten().tolist()])
+        self._attached = {**attached, MEMBERS: torch.stack([keys, rows.of_image[carry]], 1)}
+        self.facts = dict(facts)
+
+    def regroup(self, tensors: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+        """Put the images into the clusters of an earlier run's state, where it had any by then.
+
+        Args:
+            tensors: what `tensors` gave.
+            facts: what `facts` was.
+
+        Raises:
+            UserError: it is the state of another data set.
+        """
+        if "clusters" not in tensors:
+            return
+        clusters, rows = tensors["clusters"], self.attack.rows
+        if clusters.shape != rows.of_image.shape:
+            raise UserError(
+                f"the state tells the clusters of {len(clusters)} images, and this data set has "
+                f"{len(rows.of_image)}; resume with the data set that it was made with, or start "
+                "anew."
+            )
+        rows.of_image = clusters
+        self._attached = {name: t for name, t in tensors.items() if name.startswith(ATTACHED)}
+        self.facts = dict(facts)
 
     def labels_of(self, batch: Batch) -> Tensor | None:
         """Return the labels of a batch's images, int64 (B), None where there are none."""
@@ -226,10 +286,13 @@ class Crafting:
         Raises:
             UserError: it ends before the first noise phase.
         """
-        if self.schedule.noise_steps and steps < self.schedule.model_steps:
+        first = self.schedule.clean_steps + (
+            self.schedule.model_steps if self.schedule.noise_steps else 1
+        )
+        if steps < first:
             raise UserError(
-                f"training would end after {steps:.0f} optimiser steps, and the first noise phase "
-                f"comes after {self.schedule.model_steps}, so the perturbation would stay the "
+                f"training would end after {steps:.0f} optimiser steps, and delta moves for the "
+                f"first time after {first}, so the perturbation would stay the "
                 "noise that it starts from; train longer (max_epochs, max_steps, "
                 "limit_train_batches) or set poison.model_steps to fewer."
             )
@@ -319,9 +382,14 @@ class Crafting:
         return keys_K
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return which rows have moved and their keys: with delta, what is needed to go on."""
-        keys = {} if self.attack.rows.keys is None else {"keys": self.attack.rows.keys}
-        return {"moved": self.attack.perturbation.moved, **keys}
+        """Return which rows have moved, their keys, and the clusters where there are any.
+
+        With delta they are what is needed to go on.
+        """
+        rows = self.attack.rows
+        keys = {} if rows.keys is None else {"keys": rows.keys}
+        grouped = {"clusters": rows.of_image, **self._attached} if self._attached else {}
+        return {"moved": self.attack.perturbation.moved, **keys, **grouped}
 
     def poison(self, whole: bool = False) -> Poison:
         """Return the perturbation as it stands.
@@ -336,19 +404,26 @@ class Crafting:
             carried = keys != 0
             keys = keys[carried]
         moved = perturbation.moved.cpu()[carried]
-        classes = names_or_numbers(self.raw.dataset)
-        by_class = self.config.granularity == "class"
-        chosen = self._chosen_keys() if by_class and self.config.fraction < 1 else None
-        info, carry = self._info(int((~moved).sum())), chosen if by_class else keys
+        shared, attached = self.config.granularity != "sample", self._attached
+        classes = names_or_numbers(self.raw.dataset) if shared else None
+        chosen = None
+        if self.config.granularity == "cluster":
+            classes = tuple(cluster_name(number) for number in range(len(perturbation)))
+            attached = attached or {MEMBERS: torch.empty(0, 2, dtype=torch.int64)}
+        elif shared and self.config.fraction < 1:
+            chosen = self._chosen_keys()
+        info = self._info(int((~moved).sum()))
+        carry = attached[MEMBERS][:, 0] if MEMBERS in attached else chosen if shared else keys
         if self._images and carry is not None:
             info |= {"fraction": repr(len(carry) / self._images), "images": str(self._images)}
         return Poison(
             perturbation.selected(carried.nonzero().flatten()),
-            self.config.granularity,
+            "class" if shared else "sample",
             keys,
-            classes if by_class else None,
+            classes,
             info,
             chosen,
+            attached,
         )
 
     def _chosen_keys(self) -> Tensor:
@@ -385,6 +460,8 @@ class Crafting:
             "noise_steps_done": self.schedule.noise_steps_done,
             "rows_not_moved": rows_not_moved,
         }
+        if self.config.granularity == "cluster":
+            schedule["clean_steps"] = self.schedule.clean_steps
         part = {
             "method": self.host.method,
             "model_steps": self.schedule.steps_done,
@@ -403,6 +480,7 @@ class Crafting:
             "seed": str(self.seed),
             "versions": json.dumps(versions()),
             **covering,
+            **self.facts,
         }
 
 

@@ -47,6 +47,8 @@ class Schedule:
     pgd_steps: int
     steps_done: int = 0
     """Optimiser steps of the surrogate so far."""
+    clean_steps: int = 0
+    """The first of them, whole rounds: the surrogate learns from clean images, delta rests."""
 
     @property
     def total_steps(self) -> int:
@@ -61,19 +63,23 @@ class Schedule:
     @property
     def noise_steps_done(self) -> int:
         """Sign-gradient steps so far, each on a batch; of a joint schedule, its model steps."""
+        done = max(0, self.steps_done - self.clean_steps)
         if self.noise_steps == 0:
-            return self.steps_done
-        return self.steps_done // self.model_steps * self.noise_steps * self.pgd_steps
+            return done
+        return done // self.model_steps * self.noise_steps * self.pgd_steps
 
     def model_step(self) -> bool:
         """Count an optimiser step; return True when a noise phase is due."""
         self.steps_done += 1
-        return self.noise_steps > 0 and self.steps_done % self.model_steps == 0
+        if self.noise_steps == 0 or self.steps_done <= self.clean_steps:
+            return False
+        return self.steps_done % self.model_steps == 0
 
     def image_passes(self, batch_size: int, views: int) -> int:
         """Return how many images go forward and backward through the network in all rounds."""
-        each_round = self.model_steps + self.noise_steps * self.pgd_steps
-        return self.rounds * each_round * batch_size * views
+        noisy = self.rounds - self.clean_steps // self.model_steps
+        noise = noisy * self.noise_steps * self.pgd_steps
+        return (self.rounds * self.model_steps + noise) * batch_size * views
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Rows:
     of_image: Tensor
     """int64 (N): -1 for an image that is not poisoned."""
     keys: Tensor | None = None
-    """int64 (K), 0 until the image of a row was seen; None for class granularity."""
+    """int64 (K), 0 until the image of a row was seen; None where images share a row."""
     _row_of_key: KeyIndex = field(default_factory=KeyIndex)
 
     @classmethod

@@ -178,7 +178,7 @@ class Poison:
             return self._row_of_key.find(torch.tensor(keys or (), dtype=torch.int64))
         names, members = self._row_of_class, self._row_of_member
         found = [-1 if name is None else names.get(name, -1) for name in classes or ()]
-        if members and keys is not None:
+        if MEMBERS in self.attached and keys is not None:
             found = found or [-1] * len(keys)
             found = [members.get(key, row) for key, row in zip(keys, found, strict=True)]
         if self.chosen is not None and keys is not None:

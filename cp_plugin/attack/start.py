@@ -18,7 +18,7 @@ from cp_plugin.attack.perturbation import DTYPES, Perturbation, new_rows
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile
 from cp_plugin.attack.snapshot import remove_unnamed
-from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, UserError
+from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, CraftConfig, UserError
 from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.data.subset import keys_of_part
 from cp_plugin.hosts.distributed import share
@@ -35,6 +35,8 @@ class Start:
 
     perturbation: Perturbation
     rows: Rows
+    chosen: Tensor
+    """Which images carry the poison, bool (N)."""
     images: int | None = None
     """Different images of the data set that could carry a poison; None: not counted."""
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +68,11 @@ def start(
     _pass_over_shuffles(labels, len(raw), generator)
     chosen, keys, images = _chosen(raw, labels, config)
     names = names_or_numbers(raw.dataset)
-    if config.granularity == "class":
+    if config.granularity == "cluster":
+        assert isinstance(config, CraftConfig)
+        _check_clusters(config.clusters, int(chosen.sum()))
+        rows, count = Rows(torch.full((len(raw),), -1)), config.clusters
+    elif config.granularity == "class":
         if labels is None or names is None or not bool((labels >= 0).any()):
             raise UserError(
                 "poison.granularity=class needs labelled images and this data set has no "
@@ -79,7 +85,7 @@ def start(
         tensors = resumed["tensors"]
         _check_shapes(tensors, (count, *raw[0].image.shape), rows.keys is not None)
         _check_keys(tensors, rows, keys, count, config)
-        return Start(taken_up(tensors, config, folder), rows, images)
+        return Start(taken_up(tensors, config, folder), rows, chosen, images)
     if share().rank == 0:
         remove_unnamed(folder)
     perturbation = _noise(raw, count, config, folder, generator)
@@ -88,7 +94,20 @@ def start(
         poison = Poison.load(config.init)
         parts = parts_of(poison)
         _take_over(poison, raw, labels, perturbation, rows)
-    return Start(perturbation, rows, images, parts)
+    return Start(perturbation, rows, chosen, images, parts)
+
+
+def _check_clusters(clusters: int, images: int) -> None:
+    """Check that there are images enough.
+
+    Raises:
+        UserError: there are not.
+    """
+    if images < clusters:
+        raise UserError(
+            f"{images} images cannot be put into {clusters} clusters; set poison.clusters "
+            "(--clusters) to fewer."
+        )
 
 
 def parts_of(poison: Poison) -> list[dict[str, Any]]:

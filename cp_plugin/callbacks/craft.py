@@ -32,6 +32,7 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
+from cp_plugin.evaluation.clusters import Placing, put_into_clusters
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.by_hand import by_hand
 from cp_plugin.hosts.lightning import LightningHost
@@ -84,6 +85,8 @@ class CraftPoison(Callback):
         self._restarts: Restarts | None = None
         self._longest: int | None = None
         """The user's own `max_steps`, below 0 for none, where training ends by ours; else None."""
+        self.placed: Placing | None = None
+        """What a poison by cluster carries to tell the cluster of a new image; None: nothing."""
         self._surplus = 0
         """How many more steps the optimizers have made than there were model steps."""
 
@@ -172,7 +175,9 @@ class CraftPoison(Callback):
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""
         batches = int(min(len(loader), trainer.num_training_batches))  # less than all, if so told
-        self.crafting.plan(batches, trainer.accumulate_grad_batches)
+        self.crafting.plan(
+            batches, trainer.accumulate_grad_batches, trainer.estimated_stepping_batches
+        )
 
     def _check_length(self, trainer: Any) -> None:
         """Check that training lasts until a noise phase."""
@@ -217,6 +222,8 @@ class CraftPoison(Callback):
         if self.schedule.model_step():
             noise_loss = self._noise_phase(trainer, pl_module)
             pl_module.log("cp_noise_loss", noise_loss, prog_bar=True, batch_size=1)
+        if self.crafting.awaits_clusters:
+            put_into_clusters(self.crafting, self.placed)
         if self._restarts is not None:
             self._restarts.after_step(self.schedule.steps_done)
 
@@ -262,6 +269,7 @@ class CraftPoison(Callback):
             return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
+            "facts": self.crafting.facts,
             "surplus": self._surplus,
             "resumption": self._resumption.state(),
             "snapshot": snapshot.save(

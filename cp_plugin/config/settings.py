@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 Granularity = Literal["sample", "class"]
+Sharing = Literal["sample", "class", "cluster"]
 RowType = Literal["float32", "float16", "int8"]
 EPOCH: Literal["epoch"] = "epoch"
 Steps = int | Literal["epoch"]
@@ -82,8 +83,9 @@ class OptimisedConfig:
 class AlternationConfig(OptimisedConfig):
     """A poison and its surrogate made in turns: M steps of the model, then N batches of noise."""
 
-    granularity: Granularity = "sample"
-    """`sample`: one delta an image; `class`: one delta a class (needs labels)."""
+    granularity: Sharing = "sample"
+    """`sample`: one delta an image; `class`: one delta a class (needs labels); `cluster`: one delta
+    for each group of like images (needs none)."""
     rounds: int = 200
     """Alternations of model and noise phase; the host's epochs may end them sooner."""
     restarts: int = 0
@@ -106,7 +108,7 @@ class AlternationConfig(OptimisedConfig):
             UserError: a value is out of its range.
         """
         super().__post_init__()
-        one_of("granularity", self.granularity, get_args(Granularity))
+        one_of("granularity", self.granularity, self.sharings)
         at_least_one("rounds", self.rounds)
         for name in ("model_steps", "noise_steps"):
             if getattr(self, name) != EPOCH:
@@ -115,6 +117,11 @@ class AlternationConfig(OptimisedConfig):
             raise UserError(f"poison.restarts must be 0 or more, got {self.restarts!r}.")
         for name in self.survive:
             one_of("survive", name, SURVIVE)
+
+    @property
+    def sharings(self) -> tuple[str, ...]:
+        """What `granularity` may be."""
+        return get_args(Granularity)
 
     @property
     def joint(self) -> bool:
@@ -136,9 +143,13 @@ class AlternationConfig(OptimisedConfig):
 class CraftConfig(AlternationConfig):
     """How a contrastive poison is crafted (He, Zha, Katabi, ICLR 2023, section 3 and appendix).
 
-    Granularity `sample` is CP-S, `class` is CP-C.
+    Granularity `sample` is CP-S, `class` is CP-C. `cluster` is CP-C without labels: for the first
+    fifth of its training the surrogate sees clean images, which k-means on its features then puts
+    into groups; each shares a delta from there on.
     """
 
+    clusters: int = 10
+    """Groups of granularity `cluster`."""
     schedule: Order = "alternate"
     """`alternate`: M steps of the model, then N batches of noise, as in the paper; `joint`: the
     backward pass of each step of the model moves delta too, and there is no noise phase."""
@@ -159,7 +170,20 @@ class CraftConfig(AlternationConfig):
         """
         super().__post_init__()
         one_of("schedule", self.schedule, get_args(Order))
+        if not isinstance(self.clusters, int) or self.clusters < 2:
+            raise UserError(f"poison.clusters must be 2 or more, got {self.clusters!r}.")
+        if self.granularity == "cluster" and self.init not in (RANDOM, ZERO):
+            raise UserError(
+                "poison.granularity=cluster begins before there are clusters, so it cannot take "
+                f"over the rows of {self.init}; leave poison.init out, or craft one delta an "
+                "image (poison.granularity=sample), which can start from any poison."
+            )
         one_of("momentum_during_noise", self.momentum_during_noise, get_args(DuringNoise))
+
+    @property
+    def sharings(self) -> tuple[str, ...]:
+        """What `granularity` may be."""
+        return get_args(Sharing)
 
     @property
     def joint(self) -> bool:

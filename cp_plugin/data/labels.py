@@ -133,6 +133,11 @@ def renumbered(
     return torch.where(labels_N >= 0, table[labels_N.clamp(min=0)], labels_N)
 
 
+def cluster_name(number: int) -> str:
+    """Return the name that a group of like images has in a poison file."""
+    return f"cluster {number}"
+
+
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
     """Return names each of which stands once: a second `crane` is called `crane (2)`."""
     seen: dict[str, int] = {}

@@ -19,7 +19,7 @@ from cp_plugin.data.picture_pixels import CannotProtect, read
 from cp_plugin.util.threads import in_threads
 from cp_plugin.util.whole_files import reserve, write_text, written_whole
 
-IMAGES, ASPECTS, CLUSTERS = "images.npy", "aspects.npy", "clusters.npy"
+IMAGES, ASPECTS = "images.npy", "aspects.npy"
 FILES = "files.json"
 CACHE = "pictures"
 """The folder of a cache beside a poison."""
@@ -30,8 +30,7 @@ class PictureCache(Dataset[tuple[Any, int]]):
 
     Attributes:
         aspects: width over height of each picture, float64 (N).
-        targets: the number of each picture's cluster, -1 before there are clusters.
-        classes: names of the clusters.
+        targets: -1 for each, they have no labels.
         transform: applied to each PIL image; it can be set.
     """
 
@@ -51,12 +50,6 @@ class PictureCache(Dataset[tuple[Any, int]]):
         self._places = np.flatnonzero(aspects > 0)
         self.aspects = torch.from_numpy(aspects[self._places])
         self.targets = [-1] * len(self._places)
-        self.classes: list[str] = []
-        if (self._folder / CLUSTERS).is_file():
-            self.targets = np.load(self._folder / CLUSTERS).tolist()
-            self.classes = [
-                cluster_name(n) for n in range(max(self.targets) + 1)
-            ]  # k-means leaves none empty
         self.transform: Callable[[Any], Any] | None = None
         self._images: Any = None
 
@@ -64,7 +57,7 @@ class PictureCache(Dataset[tuple[Any, int]]):
         return len(self._places)
 
     def __getitem__(self, row: int) -> tuple[Any, int]:
-        """Return a picture as PIL image, or as its transform makes it, and its cluster."""
+        """Return a picture as PIL image, or as its transform makes it, and -1."""
         image: Any = Image.fromarray(self.pixels(row).permute(1, 2, 0).contiguous().numpy())
         return (image if self.transform is None else self.transform(image)), self.targets[row]
 
@@ -78,12 +71,6 @@ class PictureCache(Dataset[tuple[Any, int]]):
             self._images = np.load(self._folder / IMAGES, mmap_mode="r")
         return torch.from_numpy(self._images[self._places[row]].copy())
 
-    def put_into_clusters(self, clusters: Tensor) -> None:
-        """Keep the cluster of each picture, int64 (N), in the cache."""
-        with written_whole(self._folder / CLUSTERS) as partial:
-            np.save(partial, clusters.numpy())
-        self.targets = clusters.tolist()
-
 
 class Pixels(Dataset[Tensor]):
     """The canonical images of a cache alone, uint8 (3, h, w)."""
@@ -96,11 +83,6 @@ class Pixels(Dataset[Tensor]):
 
     def __getitem__(self, row: int) -> Tensor:
         return self._cache.pixels(row)
-
-
-def cluster_name(number: int) -> str:
-    """Return the name that a cluster has in a poison file."""
-    return f"cluster {number}"
 
 
 class Filling:

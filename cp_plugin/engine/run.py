@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cp_plugin.attack.poison_file import Poison
@@ -26,6 +28,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import load
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.checkpoints import WholeCheckpoints, check_checkpoint
+from cp_plugin.engine.clusters import placement
 from cp_plugin.engine.compatibility import check_method, name_classes
 from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.pipeline import build_pipeline
@@ -233,6 +236,9 @@ def _callbacks(selection: Selection, cfg: DictConfig, folder: Path, parts: Parts
         )
     augment = cfg.get("augment", "host")
     callbacks = selected_callbacks(selection, folder, augment, bank=parts.train, query=parts.test)
+    for callback in callbacks:
+        if isinstance(callback, CraftPoison):
+            callback.placed = functools.partial(_placed, cfg)
     if cfg.checkpoint.enabled:
         callbacks.append(
             ModelCheckpoint(
@@ -246,6 +252,14 @@ def _callbacks(selection: Selection, cfg: DictConfig, folder: Path, parts: Parts
             )
         )
     return [*callbacks, RunProgress(f"{cfg.method} {selection.label}")]
+
+
+def _placed(
+    cfg: DictConfig, encoder: nn.Module, centres: Tensor
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what a poison by cluster carries to place further images, see `Placing`."""
+    made = placement(encoder, cfg, centres)
+    return made.tensors(), made.info()
 
 
 def _loggers(folder: Path, cfg: DictConfig) -> Iterable[Logger]:

@@ -33,7 +33,7 @@ from cp_plugin.apps.runs import run_in
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.picture_cache import Pixels
-from cp_plugin.engine.clusters import without_centres
+from cp_plugin.engine.clusters import placement
 from cp_plugin.evaluation.metrics import knn, linear_probe
 from cp_plugin.util.provenance import command, hardware, versions
 from cp_plugin.util.run_files import RESULT_FILE
@@ -178,7 +178,7 @@ def _rows(
     rows = []
     for victim, folder in runs.items():
         host, _, cfg = run_in(folder).trained(folder)
-        encoder = without_centres(host.encoder(), cfg)
+        encoder = placement(host.encoder(), cfg)
         queries = encoder.features(shown[QUERIES])
         for bank in (ORIGINALS, PROTECTED):
             sides = (encoder.features(shown[bank]), labels[ORIGINALS], queries, labels[QUERIES])

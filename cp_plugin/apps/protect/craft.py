@@ -10,22 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from cp_plugin.apps.hydra_app import compose, pretrain
 from cp_plugin.apps.protect.plan import Plan, Settings
-from cp_plugin.apps.runs import run_in
 from cp_plugin.apps.study.cell import quoted
-from cp_plugin.attack.poison_file import MEMBERS, Poison
 from cp_plugin.callbacks.stopwatch import Stopwatch
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import image_key
 from cp_plugin.data.datasets import CACHED
-from cp_plugin.data.picture_cache import CACHE, PictureCache, Pixels
-from cp_plugin.engine.clusters import clustered
-from cp_plugin.engine.placement import Placement
+from cp_plugin.data.picture_cache import CACHE
 from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
@@ -35,8 +28,7 @@ VIEW = 96
 MEASURED_STEPS = 6
 LATE = 1.1
 """A run is ended when it takes so many times the time that was planned for it."""
-RUN, ENCODER, MEASURE = "run", "encoder", "measure"
-WHOLE = "whole.safetensors"
+RUN, MEASURE = "run", "measure"
 CLEAN = ("+poison=none", "+poison.fit=cover")
 SAMPLE_STEP, CLUSTER_STEP = 0.05, 0.02
 """Of eps; a cluster's delta moves with each batch that shows it, a picture's once an epoch."""
@@ -60,19 +52,23 @@ def measured_plan(
         UserError: the pictures alone take all minutes.
     """
     if settings.rounds is not None:
+        if settings.rounds < settings.least_rounds:
+            raise UserError(
+                f"--rounds {settings.rounds} leaves no epoch for a perturbation, since the first "
+                "one tells the clusters; give at least 2, or --clusters 0."
+            )
         return Plan(settings.rounds, pictures, None, so_far + writing)
     trial = Plan(MEASURED_STEPS, pictures, None, so_far + writing)
     folder, trial_settings = work / MEASURE, replace(settings, clusters=None)
     cache, poison = work / CACHE, _crafting(trial_settings, MEASURED_STEPS)
     cfg = configuration(cache, folder, trial_settings, trial.batch, MEASURED_STEPS, poison)
     a_step, start, taken = measured(cfg, folder)
-    runs = 1 if settings.clusters is None else 2
-    other = so_far + writing + runs * start
+    other = so_far + writing + start
     left = 60 * settings.minutes - other - taken
     an_epoch = a_step * trial.steps
     rounds = int(left / an_epoch)
-    if rounds < 1:
-        needed = (60 * settings.minutes - left + an_epoch) / 60
+    if rounds < settings.least_rounds:
+        needed = (60 * settings.minutes - left + settings.least_rounds * an_epoch) / 60
         raise UserError(
             f"{settings.minutes:g} minutes are too few for {pictures} pictures, which take "
             f"{needed:.1f} at least; give more --minutes, or fewer pictures."
@@ -113,52 +109,13 @@ def measured(cfg: DictConfig, folder: Path) -> Measured:
 def craft(work: Path, settings: Settings, plan: Plan) -> Path:
     """Craft a poison as planned, going on where an earlier call was interrupted.
 
-    With clusters an encoder is trained on the pictures first, and travels in the poison.
-
     Returns:
         The poison file.
     """
     limit = None if plan.seconds is None else LATE * plan.seconds
-    placement, rounds = None, plan.rounds
-    if settings.clusters is not None:
-        began = time.perf_counter()
-        placement = _clustered(work, settings, plan)
-        rounds = max(1, rounds - plan.encoder_rounds)
-        limit = None if limit is None else max(1.0, limit - (time.perf_counter() - began))
-    poison = _crafting(settings, rounds)
-    cfg = configuration(work / CACHE, work / RUN, settings, plan.batch, rounds, poison)
-    made = trained(cfg, seconds=limit) / POISON_FILE
-    if placement is None:
-        return made
-    bare = Poison.load(made)
-    tensors = {**placement.tensors(), MEMBERS: _members(bare, PictureCache(work / CACHE))}
-    whole = replace(bare, info={**bare.info, **placement.info()}, attached=tensors)
-    made.with_name(WHOLE).unlink(missing_ok=True)
-    return whole.save(made.with_name(WHOLE))
-
-
-def _members(poison: Poison, cache: PictureCache) -> Tensor:
-    """Return key and row of each picture, int64 (N, 2)."""
-    keys = [image_key(cache.pixels(number)) for number in range(len(cache))]
-    rows = poison.rows(classes=[cache.classes[cluster] for cluster in cache.targets])
-    return torch.stack([torch.tensor(keys), rows], 1)
-
-
-def _clustered(work: Path, settings: Settings, plan: Plan) -> Placement:
-    """Train an encoder on the pictures, and put them into clusters of its features."""
-    rounds = plan.encoder_rounds
-    cfg = configuration(work / CACHE, work / ENCODER, settings, plan.batch, rounds, CLEAN)
-    folder = trained(cfg)
-    host, _, cfg = run_in(folder).trained(folder)
-    cache = PictureCache(work / CACHE)
-    assert settings.clusters is not None
-    placement, clusters = clustered(
-        host.encoder(), cfg, Pixels(cache), settings.clusters, settings.seed
-    )
-    cache.put_into_clusters(clusters)
-    sizes = torch.bincount(clusters, minlength=settings.clusters).tolist()
-    log.info("%d clusters of %s pictures", settings.clusters, ", ".join(map(str, sorted(sizes))))
-    return placement
+    poison = _crafting(settings, plan.rounds)
+    cfg = configuration(work / CACHE, work / RUN, settings, plan.batch, plan.rounds, poison)
+    return trained(cfg, seconds=limit) / POISON_FILE
 
 
 def trained(cfg: DictConfig, seconds: float | None = None) -> Path:
@@ -171,7 +128,11 @@ def _crafting(settings: Settings, rounds: int) -> list[str]:
     by_cluster = settings.clusters is not None
     return [
         "+poison=cp",
-        f"poison.granularity={'class' if by_cluster else 'sample'}",
+        *(
+            ["poison.granularity=cluster", f"poison.clusters={settings.clusters}"]
+            if by_cluster
+            else []
+        ),
         f"poison.eps={settings.eps!r}",
         f"poison.image_size={settings.size}",
         "poison.fit=cover",

@@ -26,7 +26,7 @@ from cp_plugin.apps.protect.sources import Source, names_in_out
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
-from cp_plugin.data.picture_cache import cluster_name
+from cp_plugin.data.labels import cluster_name
 from cp_plugin.data.picture_files import inside, tell_left_out
 from cp_plugin.data.picture_pixels import (
     CannotProtect,

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 BATCH = 64
 """Pictures a batch, at least: batches are so large that an epoch leaves out next to none."""
-ENCODER_SHARE = 0.2
-"""Part of the epochs in which the encoder is trained that tells clusters."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,11 @@ class Settings:
     overrides: tuple[str, ...] = ()
     """For Hydra, such as `backbone.name=timm/convnext_atto`."""
 
+    @property
+    def least_rounds(self) -> int:
+        """Epochs at least: before there are clusters, one passes without a perturbation."""
+        return 1 if self.clusters is None else 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,11 +46,6 @@ class Plan:
     """None: not measured, since the rounds were given."""
     other_seconds: float
     """To start, and to read and write the pictures."""
-
-    @property
-    def encoder_rounds(self) -> int:
-        """Of the encoder that tells clusters, where there are clusters."""
-        return max(1, round(ENCODER_SHARE * self.rounds))
 
     @property
     def steps(self) -> int:

@@ -19,8 +19,8 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import Canonical
 from cp_plugin.data.picture_cache import Filling, PictureCache, Pixels
 from cp_plugin.data.picture_pixels import FileFormat
-from cp_plugin.engine.clusters import centres
 from cp_plugin.engine.placement import Placement
+from cp_plugin.evaluation.clusters import centres, nearest
 
 HELD_OUT = 4
 """Every fourth picture is held out."""
@@ -128,4 +128,4 @@ def labels_of(
         for name in places
     }
     middle = centres(colours[ORIGINALS], GROUPS, seed)
-    return {name: (colours[name] @ middle.T).argmax(1) for name in places}, "colour group"
+    return {name: nearest(colours[name], middle) for name in places}, "colour group"
