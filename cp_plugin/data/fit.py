@@ -11,6 +11,8 @@ Grey pictures stay grey: their delta is its luminance, a convex combination of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +22,8 @@ from cp_plugin.data.image import Size
 
 GRID = 224
 """Side of the grid in pixels, unless a pipeline or a setting says otherwise."""
+BAND = 512
+"""Columns of a picture that delta is made for at once."""
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a grey picture, as Pillow has them (ITU-R 601)."""
 
@@ -40,6 +44,26 @@ def at_size(delta_BCHW: Tensor, size: Size) -> Tensor:
     return functional.interpolate(
         delta_BCHW, list(size), mode="bilinear", align_corners=False, antialias=True
     )
+
+
+def in_bands(delta_HW: Tensor, size: Size) -> Iterator[tuple[slice, Tensor]]:
+    """Bring delta to the size of a picture a band of columns at a time, which needs less memory.
+
+    Args:
+        delta_HW: float (H, W).
+        size: height and width in pixels.
+
+    Yields:
+        The columns of a band, and float (height, columns), bit for bit those of `at_size`; it may
+        be overwritten.
+    """
+    height, width = size
+    # The filter is separable, and torch applies it along rows first.
+    wide = at_size(delta_HW[None, None], (len(delta_HW), width))
+    for left in range(0, width, BAND):
+        columns = slice(left, min(left + BAND, width))
+        part = wide[..., columns].clone()
+        yield columns, at_size(part, (height, part.shape[3]))[0, 0]
 
 
 def in_levels(delta: Tensor, eps: float, full_scale: int = 255) -> Tensor:

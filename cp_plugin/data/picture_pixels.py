@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.fit import at_size, in_levels, luminance
+from cp_plugin.data.fit import in_bands, in_levels, luminance
 from cp_plugin.data.image import Canonical
 from cp_plugin.data.png16 import read_png, write_png
 from cp_plugin.data.raw import UNREADABLE
@@ -109,7 +109,7 @@ def read(path: Path, canonical: Canonical) -> tuple[Picture, Tensor]:
 
 
 def add(picture: Picture, delta_CHW: Tensor, eps: float) -> None:
-    """Add a perturbation on a grid to a picture, in place, a channel at a time.
+    """Add a perturbation on a grid to a picture, in place, by channels and bands of columns.
 
     Args:
         picture: of any size and mode.
@@ -120,13 +120,14 @@ def add(picture: Picture, delta_CHW: Tensor, eps: float) -> None:
     if picture.colours.shape[2] == 1:
         delta_CHW = luminance(delta_CHW)
     for number, channel in enumerate(delta_CHW):
-        levels = in_levels(at_size(channel[None, None].clone(), picture.size)[0, 0], eps, full)
-        # An ink takes away what its colour adds, and black scales both: the bound holds in RGB too.
-        sign = -1 if picture.inks else 1
-        changed = levels.mul_(sign).numpy()
-        changed += picture.colours[:, :, number]
-        np.clip(changed, 0, full, out=changed)
-        picture.colours[:, :, number] = changed
+        for columns, part in in_bands(channel, picture.size):
+            levels = in_levels(part, eps, full)
+            # An ink takes away what its colour adds, and black scales both: the bound holds in
+            # RGB too.
+            changed = levels.mul_(-1 if picture.inks else 1).numpy()
+            changed += picture.colours[:, columns, number]
+            np.clip(changed, 0, full, out=changed)
+            picture.colours[:, columns, number] = changed
 
 
 def ending(file: Path, file_format: FileFormat) -> str:

@@ -14,7 +14,7 @@ from torchvision import transforms
 from cp_plugin import Poison
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.data import Canonical
-from cp_plugin.data.fit import at_size, in_levels, keeping_grey
+from cp_plugin.data.fit import at_size, in_bands, in_levels, keeping_grey
 from cp_plugin.mirror import Shape, mirror
 
 EPS = 8 / 255
@@ -42,6 +42,19 @@ def test_bound_at_any_size(
     for full in (255, 65535):
         levels = in_levels(delta.clone(), eps, full)
         assert int(levels.abs().max()) <= full * eps + 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1600), st.integers(1, 400), st.integers(1, 512), st.integers(0, 9))
+def test_bands_are_the_whole_bit_for_bit(width: int, height: int, grid: int, seed: int) -> None:
+    delta = torch.from_numpy(np.random.default_rng(seed).normal(size=(grid, grid))).float()
+    before, whole = delta.clone(), at_size(delta[None, None], (height, width))[0, 0]
+    found = torch.full_like(whole, torch.nan)
+    for columns, part in in_bands(delta, (height, width)):
+        found[:, columns] = part
+        part.zero_()
+    assert torch.equal(found, whole)
+    assert torch.equal(delta, before)
 
 
 @settings(max_examples=30, deadline=None)
