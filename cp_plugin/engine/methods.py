@@ -6,8 +6,11 @@ from omegaconf import DictConfig
 
 from cp_plugin.engine.base import Method
 from cp_plugin.engine.byol import BYOL
+from cp_plugin.engine.decorrelation import BarlowTwins, VICReg
+from cp_plugin.engine.dino import DINO
 from cp_plugin.engine.moco import MoCoV2
 from cp_plugin.engine.simclr import SimCLR
+from cp_plugin.engine.simsiam import SimSiam
 from cp_plugin.engine.supcon import SupCon
 from cp_plugin.engine.supervised import Supervised
 
@@ -15,6 +18,10 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "mocov2plus": MoCoV2,
     "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "dino": DINO,
     "supervised": Supervised,
     "supcon": SupCon,
 }

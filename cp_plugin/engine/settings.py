@@ -12,13 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from cp_plugin.config.settings import UserError
 
-MOMENTUM_METHODS = ("mocov2plus", "byol")
+MOMENTUM_METHODS = ("mocov2plus", "byol", "dino")
 LABELLED_METHODS = ("supervised", "supcon")
 """Their loss reads labels, by design: victims, never surrogates of contrastive poisoning."""
 METHOD_KEYS = {
     "simclr": ("proj_hidden_dim", "proj_output_dim", "temperature"),
     "mocov2plus": ("proj_hidden_dim", "proj_output_dim", "temperature"),
     "byol": ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim"),
+    "simsiam": ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim"),
+    "barlow_twins": ("proj_hidden_dim", "proj_output_dim"),
+    "vicreg": ("proj_hidden_dim", "proj_output_dim"),
+    "dino": ("proj_hidden_dim", "proj_output_dim", "num_prototypes"),
     "supervised": (),
     "supcon": ("proj_hidden_dim", "proj_output_dim", "temperature"),
 }

@@ -160,6 +160,82 @@ def test_moco_loss_and_its_first_in_first_out_queues() -> None:
             assert np.allclose(kept, sorted(map(tuple, queue)), atol=1e-12)
 
 
+def test_simsiam_loss_is_the_mean_cosine_with_what_is_held() -> None:
+    z0, z1 = _views(6, 4)
+    module = _heads_only("simsiam")
+    predict = torch.randn(4, 4, dtype=torch.float64)
+    module.prediction_head = nn.Linear(4, 4, bias=False)
+    module.prediction_head.weight = nn.Parameter(predict)
+    pairs = ((z0, z1), (z1, z0))
+    expected = [-(_unit(p @ predict.T) * _unit(z)).sum(axis=1).mean() for p, z in pairs]
+    loss = module.training_step(((z0, z1), None), 0)
+    assert loss.item() == pytest.approx(sum(expected) / 2, rel=1e-9)
+    held = -nn.functional.cosine_similarity(z0 @ predict.T, z1.detach()).mean() / 2
+    found, wanted = (torch.autograd.grad(value, z0)[0] for value in (loss, held))
+    assert torch.allclose(found, wanted)
+
+
+def test_barlow_twins_loss_is_the_papers() -> None:
+    z0, z1 = _views(8, 5)
+    module = _heads_only("barlow_twins", "method_kwargs.lamb=0.2", "method_kwargs.scale_loss=0.5")
+    rows = [z.detach().numpy() for z in (z0, z1)]
+    a, b = ((z - z.mean(0)) / z.std(0) for z in rows)
+    expected = 0.0
+    for i in range(5):
+        for j in range(5):
+            correlation = sum(a[n, i] * b[n, j] for n in range(8)) / 8
+            expected += (1 - correlation) ** 2 if i == j else 0.2 * correlation**2
+    loss = module.training_step(((z0, z1), None), 0)
+    assert loss.item() == pytest.approx(0.5 * expected, rel=1e-3)  # Lightly's norm has an epsilon
+
+
+def test_vicreg_loss_is_the_papers() -> None:
+    z0, z1 = _views(8, 5)
+    weights = ("sim_loss_weight=2", "var_loss_weight=3", "cov_loss_weight=4")
+    module = _heads_only("vicreg", *(f"method_kwargs.{weight}" for weight in weights))
+    a, b = (z.detach().numpy() for z in (z0, z1))
+    expected = 2 * ((a - b) ** 2).mean()
+    for z in (a, b):
+        centred = z - z.mean(0)
+        for i in range(5):
+            deviation = math.sqrt((centred[:, i] ** 2).sum() / 7 + 1e-4)
+            expected += 3 * max(0, 1 - deviation) / 5 / 2
+            for j in range(5):
+                if i != j:
+                    covariance = (centred[:, i] * centred[:, j]).sum() / 7
+                    expected += 4 * covariance**2 / 5
+    loss = module.training_step(((z0, z1), None), 0)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dino_loss_is_the_cross_entropy_with_the_other_view_and_its_centre_follows() -> None:
+    module = _heads_only("dino", "method_kwargs.num_prototypes=5")
+    centre = np.zeros(5)
+    for step in range(3):
+        z0, z1 = _views(6, 5, seed=step)
+        rows = [z.detach().numpy() for z in (z0, z1)]
+        expected = 0.0
+        for teacher, student in ((rows[0], rows[1]), (rows[1], rows[0])):
+            for t, s in zip(teacher, student, strict=True):
+                target = np.exp((t - centre) / 0.04 - ((t - centre) / 0.04).max())
+                logs = s / 0.1 - np.log(np.exp(s / 0.1).sum())
+                expected -= float(target / target.sum() @ logs) / 12
+        loss = module.training_step(((z0, z1), None), 0)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)  # Lightly's temperature is float32
+        centre = 0.9 * centre + 0.1 * np.concatenate(rows).mean(0)
+        assert np.allclose(module.criterion.center.flatten().numpy(), centre, atol=1e-6)
+
+
+def test_dinos_last_layer_stands_still_in_the_first_epoch() -> None:
+    for frozen in (1, 0):
+        module = _tiny("dino", f"method_kwargs.freeze_last_layer={frozen}")
+        before = module.projection_head.last_layer.weight_v.detach().clone()
+        first = module.projection_head.layers[0].weight.detach().clone()
+        _fit(module, max_epochs=1)
+        assert torch.equal(module.projection_head.last_layer.weight_v, before) == bool(frozen)
+        assert not torch.equal(module.projection_head.layers[0].weight, first)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_reaches_all_but_the_momentum_branch(method: str, dtype: torch.dtype) -> None:
@@ -169,6 +245,9 @@ def test_gradient_reaches_all_but_the_momentum_branch(method: str, dtype: torch.
     assert loss.dtype == dtype
     loss.backward()
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and "_momentum" not in name:
+            assert name.endswith("last_layer.weight_g")  # DINO's, which stays 1
+            continue
         reached = parameter.grad is not None and bool(parameter.grad.any())
         assert reached != ("_momentum" in name), name
 
@@ -186,6 +265,10 @@ def test_gradient_reaches_all_but_the_momentum_branch(method: str, dtype: torch.
             20,
             ["optimizer.lr=0.1", "momentum.base_tau=0.97", "method_kwargs.queue_size=64"],
         ),
+        ("simsiam", 10, ["optimizer.lr=0.5"]),
+        ("barlow_twins", 10, ["optimizer.lr=0.3"]),
+        ("vicreg", 10, ["optimizer.lr=0.05"]),
+        ("dino", 20, ["optimizer.lr=0.5", "momentum.base_tau=0.9"]),
     ],
 )
 def test_training_tells_unseen_images_apart(method: str, epochs: int, overrides: list[str]) -> None:
