@@ -37,7 +37,7 @@ def check_method(selection: Selection, cfg: DictConfig) -> None:
     if isinstance(poison, CraftConfig) and reads_labels:
         raise UserError(
             f"no contrastive poison can be crafted with method={method}: its loss reads labels by "
-            "design, so its poison would be a supervised one; craft on simclr, mocov2plus or byol "
+            "design, so its poison would be a supervised one; craft on an SSL method (simclr, …) "
             f"and train {method} as a victim (+poison=inject)."
         )
     if isinstance(poison, (ErrorMinConfig, TrainedSurrogateConfig)) and method != SURROGATE:

@@ -57,7 +57,9 @@ class DINO(MomentumMethod):
 
     def on_after_backward(self) -> None:
         """Hold the last layer in the first epochs."""
-        self.projection_head.cancel_last_layer_gradients(self.current_epoch)
+        head = self.projection_head
+        assert isinstance(head, DINOProjectionHead)
+        head.cancel_last_layer_gradients(self.current_epoch)
 
     def _head(self) -> DINOProjectionHead:
         settings = self.cfg.method_kwargs

@@ -20,6 +20,8 @@ from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folde
 from cp_plugin.apps.study.watch import Watch
 from cp_plugin.config.settings import UserError
 from cp_plugin.engine import run
+from cp_plugin.engine.methods import METHODS
+from cp_plugin.util.paths import shipped
 from cp_plugin.util.seed import derived_seed
 
 CP_CLASS = ["+poison=cp_class", "poison.rounds=2", "poison.model_steps=2", "poison.noise_steps=1"]
@@ -144,6 +146,29 @@ def test_the_study_of_the_photographs_has_what_it_is_to_show():
         for defence, trained in served.items()
         for victim in trained
     }
+
+
+def test_the_field_has_every_poison_victim_and_defence_within_one_budget(monkeypatch):
+    monkeypatch.setenv("CIFAR10", "a_folder")
+    settings = read("field")
+    groups = shipped("configs")
+    own = {path.stem for path in (groups / "poison").glob("*.yaml")}
+    others = {"inject", "none", "cp_byol", "cp_class_byol"}  # the last two: of one surrogate
+    assert settings.poisons.keys() - {"none"} == own - others
+    defences = {path.stem for path in (groups / "defence").glob("*.yaml")}
+    assert settings.defences.keys() == defences
+    crafts = {name: cell for name, cell in plan(settings).items() if cell.kind == "craft"}
+    check(crafts)  # they compose; victims differ from those of other studies by a name
+    assert {cell.poison for cell in crafts.values()} == own - others - {"random", "synthetic"}
+    cells = [cell for cell in plan(settings).values() if cell.kind != "craft"]
+    found = {(cell.poison, cell.victim, cell.defence) for cell in cells}
+    for method in METHODS:
+        for poison in settings.poisons:
+            for defence in defences:
+                needs_labels = defence in ("mixup", "cutmix", "dp_sgd")
+                served = method == "supervised" or not needs_labels
+                assert ((poison, method, defence) in found) == served
+    assert not [cell for cell in cells if any("poison.eps" in text for text in cell.overrides)]
 
 
 @pytest.mark.parametrize(
