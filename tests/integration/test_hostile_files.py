@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 from cp_plugin.apps.engine_runs import EngineRun
 from cp_plugin.apps.export import export
+from cp_plugin.apps.study import study
+from cp_plugin.apps.study.overrides import check_launcher, check_overrides
+from cp_plugin.apps.study.settings import read as read_study
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
@@ -68,6 +71,55 @@ def test_a_few_lines_of_yaml_that_stand_for_billions_are_refused(tmp_path: Path)
     (tmp_path / "config.yaml").write_text("\n".join(lines), encoding="utf8")
     with pytest.raises(UserError, match="more values than a configuration"):
         EngineRun(tmp_path).configuration()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"base": ["poison.dir=/tmp/elsewhere"]}, "where runs write is the study's"),
+        ({"base": ["+poison={dir: /tmp/elsewhere}"]}, "where runs write is the study's"),
+        ({"victim": ["checkpoint.dir=../.."]}, "where runs write is the study's"),
+        ({"victim": ["++name=../../elsewhere"]}, "where runs write is the study's"),
+        ({"base": ["hydra.run.dir=/tmp"]}, "for Hydra itself"),
+        ({"base": ["+hydra.callbacks.a._target_=os.system"]}, "for Hydra itself"),
+        ({"base": ["+monitor@hydra.callbacks=knn"]}, "for Hydra itself"),
+        ({"base": ["+optimizer._target_=os.system"]}, "names no classes"),
+        ({"base": ["+backbone.kwargs={a: {_target_: os.system}}"]}, "names no classes"),
+        ({"base": ["+backbone.kwargs.checkpoint_path=/tmp/a.pth"]}, "no files of weights"),
+        ({"base": ["+poison=../../../tmp/evil"]}, "no configurations from elsewhere"),
+        ({"base": ["data=/tmp/evil"]}, "no configurations from elsewhere"),
+        ({"base": ["optimizer.name=${oc.env:SECRET}"]}, "environment variables in"),
+        ({"base": ["data.dataset=${oc.decode:a}"]}, "environment variables in"),
+        ({"base": ["data.train_path=${oc.env:SECRET}"]}, "SECRET holds no folder"),
+        ({"base": ["data.train_path=${oc.env:UNSET,a}"]}, "environment variables in"),
+        ({"launcher": ["hydra.launcher.setup=[touch /tmp/elsewhere]"]}, "on the command line"),
+        ({"launcher": ["+hydra.callbacks.a._target_=os.system"]}, "on the command line"),
+        ({"launcher": ["hydra.launcher.partition='a\\ntouch b'"]}, "on the command line"),
+        ({"launcher": ["hydra.sweep.dir=/tmp"]}, "on the command line"),
+    ],
+)
+def test_a_study_of_a_strangers_says_what_is_trained_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, said: str
+) -> None:
+    monkeypatch.setenv("SECRET", "a word that nobody should read")
+    grid = [{"poisons": ["none"], "victims": ["simclr"], "seeds": [0]}]
+    node = {"poisons": {}, "backbones": {"tiny": []}, "grid": grid, **changed}
+    (tmp_path / "study.yaml").write_text(json.dumps(node), encoding="utf8")
+    with pytest.raises(UserError, match=said) as refused:
+        study(str(tmp_path / "study.yaml"), tmp_path / "out")
+    assert "nobody should read" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_what_a_study_needs_of_the_environment_and_of_a_launcher_it_may_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGES", str(tmp_path))
+    check_overrides("base", ["data.train_path=${oc.env:IMAGES}/train", "name_of=${data.dataset}"])
+    check_overrides("base", ["+paper=simclr", "~backbone.kwargs", "backbone.kwargs={a: [1, 2]}"])
+    check_launcher(["hydra/launcher=joblib", "hydra.launcher.n_jobs=6", "hydra.launcher.qos=a-b"])
+    for name in ("cifar10", "photos", "protect", "cifar10_gpu", "cifar10_supervised", "demo"):
+        assert read_study(name).grid
 
 
 def test_a_checkpoint_with_code_is_refused_before_it_runs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cp_plugin.apps.study.overrides import check_launcher, check_overrides
 from cp_plugin.config.settings import UserError
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.util.paths import shipped
@@ -95,7 +96,8 @@ def parse(values: Mapping[str, Any]) -> StudySettings:
     """Check plain values, as YAML gives them.
 
     Raises:
-        UserError: unknown keys or names, missing keys, values of the wrong type.
+        UserError: unknown keys or names, missing keys, values of the wrong type, overrides that
+            are not a file's to say.
     """
     _keys(values, StudySettings, "")
     poisons = {NONE: PoisonSettings(("+poison=none",), sampled=True)}
@@ -125,8 +127,10 @@ def parse(values: Mapping[str, Any]) -> StudySettings:
             for number, node in enumerate(_list("grid", values.get("grid")))
         ),
         probe=_name("probe", values.get("probe", "cosine")),
-        **{key: _overrides(key, values.get(key)) for key in ("base", "victim", "launcher")},
+        **{key: _overrides(key, values.get(key)) for key in ("base", "victim")},
+        launcher=_strings("launcher", values.get("launcher")),
     )
+    check_launcher(study.launcher)
     _check_names(study)
     return study
 
@@ -252,6 +256,12 @@ def _list(where: str, node: Any) -> list[Any]:
 
 
 def _overrides(where: str, node: Any) -> Overrides:
+    found = _strings(where, node)
+    check_overrides(where, found)
+    return found
+
+
+def _strings(where: str, node: Any) -> Overrides:
     if node is None or node == []:
         return ()
     items = _list(where, node)
