@@ -37,7 +37,7 @@ from cp_plugin.data.loading import (
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.evaluation.clusters import put_into_clusters
-from cp_plugin.hosts.checks import check_module
+from cp_plugin.hosts.checks import check_module, tell_uncompared
 from cp_plugin.hosts.distributed import share
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.observe import named_networks
@@ -118,8 +118,7 @@ class PoisonLoop:
                 run of the body.
 
         Raises:
-            UserError: an unknown setting, a data set that streams or has no mirror, or a method
-                that compares no two views.
+            UserError: an unknown setting, or a data set that streams or has no mirror.
         """
         dataloader = unwrapped(dataloader)
         if not isinstance(dataloader, DataLoader):
@@ -135,10 +134,12 @@ class PoisonLoop:
                 "surrogate anew: leave restarts out, and hand the poison on by init=FILE."
             )
         method = type(model).__name__
-        self._raw, view_mirror = raw_and_mirror(dataloader.dataset, method, config)
+        self._raw, view_mirror = raw_and_mirror(dataloader.dataset, config)
         read_once(self._raw, cache_mode(cache), dataloader)
         module = _Together(model, others) if others else model
-        check_module(module, view_mirror.views)
+        check_module(module)
+        if view_mirror.views == 1:
+            tell_uncompared(method)
         self._host = ModuleHost(module, method, _full_names(module, config.momentum_modules))
         self._loader = raw_loader(dataloader, self._raw)
         self._batches = Endless(self._loader)

@@ -26,7 +26,6 @@ from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.canonical import aspects, canonical_size
 from cp_plugin.data.labels import cluster_name
-from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
 from cp_plugin.mirror import Mirror, mirror
@@ -43,23 +42,19 @@ DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
 
 
-def raw_and_mirror(
-    dataset: Any, method: str, config: AlternationConfig
-) -> tuple[RawDataset, Mirror]:
+def raw_and_mirror(dataset: Any, config: AlternationConfig) -> tuple[RawDataset, Mirror]:
     """Take the transform off a data set and return what it leaves, and the transform's mirror.
 
     A transform of one view that the data set calls for each of its views is mirrored as often.
 
     Args:
         dataset: a map-style data set of images.
-        method: what is crafted with, for errors.
         config: `image_size` and `fit` are read from it, see `canonical_size`.
 
     Raises:
-        UserError: the data set streams, or its transform has no mirror or makes no views.
+        UserError: the data set streams, or its transform has no mirror.
     """
     own = RawDataset(dataset, None)
-    check_pipeline(method, own.transform)
     view_mirror = mirror(own.transform)
     if view_mirror.views == 1 and own.places > 1:
         view_mirror = mirror([own.transform] * own.places)

@@ -287,6 +287,7 @@ class Attack:
             if self.term is not None and step.gradient is not None:
                 self._on_loss(step, self.term(delta[inverse_B], batch))
             restore()
+            hold_still(self.host.module)  # a step that takes features sets flags as it likes
             if step.fault is not None and not self._checked:
                 raise step.fault
             if step.loss is not None:

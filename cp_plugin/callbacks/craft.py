@@ -133,7 +133,7 @@ class CraftPoison(Callback):
                 "folder."
             )
         loader = training_loader(trainer)
-        raw, view_mirror = raw_and_mirror(loader.dataset, type(pl_module).__name__, self.config)
+        raw, view_mirror = raw_and_mirror(loader.dataset, self.config)
         read_once(raw, self._cache, loader)
         view_mirror = view_mirror.to(pl_module.device)
         host = self.adapted(trainer, pl_module, raw)

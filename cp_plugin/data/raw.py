@@ -178,7 +178,15 @@ class RawDataset(Dataset[Item]):
             return markers.with_places(host_collate(samples))
         except (TypeError, AttributeError):
             listed = [markers.as_lists(sample) for sample in samples]
+        try:
             return markers.with_places(host_collate(listed), listed=True)
+        except (TypeError, AttributeError) as error:
+            raise SampleError(
+                f"The collate_fn of the data loader fails on samples whose views are still to be "
+                f"made ({type(error).__name__}: {error}); it sees no view before it is augmented, "
+                "so let `self.transform` make the views, as Lightly's MultiViewTransform([first, "
+                "second]) does, and use PyTorch's default collate_fn."
+            ) from error
 
     @property
     def _name(self) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.modes import reads_flag
 from cp_plugin.hosts.solo_learn import SoloHost, is_solo
-from cp_plugin.hosts.stable_pretraining import SptHost
+from cp_plugin.hosts.stable_pretraining import SptHost, is_spt
 
 
 def adapt(module: Any, *arguments: Any) -> LightningHost:
@@ -22,6 +21,6 @@ def adapt(module: Any, *arguments: Any) -> LightningHost:
 
 def host_class(module: Any) -> type[LightningHost]:
     """Return the kind of host that a LightningModule needs, by the framework it belongs to."""
-    if reads_flag(module):
+    if is_spt(module):
         return SptHost
     return SoloHost if is_solo(module) else LightningHost

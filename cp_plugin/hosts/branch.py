@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
-from cp_plugin.hosts.checks import checking_labels
+from cp_plugin.hosts.checks import SMALLEST, checking_labels, distance, view_gradient
 from cp_plugin.hosts.gradients import MomentumGradients, blank, momentum_gradients
 from cp_plugin.hosts.momentum import confirmed_branch, find_momentum_modules
 from cp_plugin.hosts.observe import Observation, named_networks, observing, units_in
@@ -87,6 +87,7 @@ class Branch:
                     method,
                 )
             self.found = confirmed_branch(self.module, seen)
+        yield from self._sparing_targets(views, batch)
         yield from self.checking_paths(method, views, batch)
         log.info("momentum branch of %s: %s", method, ", ".join(self.found) or "none")
         yield from self.checking_labels(method, views, batch, labels)
@@ -124,6 +125,29 @@ class Branch:
             UserError: the gradient with respect to the views depends on the labels.
         """
         return checking_labels(method, self._gradients, views, batch, labels)
+
+    def _sparing_targets(self, views: Sequence[Tensor], batch: Batch) -> LossRequests:
+        """Take from the readers those that make targets: the online branch's gradient shows it.
+
+        A head on top of the momentum branch may train by a loss of its own (CAPI's clusters), as a
+        classifier does, on what is cut from the views; only a classifier leaves the rest alone.
+        """
+        if not (self.found and self.dual and self._readers):
+            return
+        stock: list[Tensor] = []
+        yield from view_gradient(momentum_gradients(self.module, ()), views, batch, stock)
+        size = sum(float(gradient.norm()) for gradient in stock)
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            blanked: list[Tensor] = []
+            hook = reader.register_forward_pre_hook(_blank, prepend=True, with_kwargs=True)
+            try:
+                request = view_gradient(momentum_gradients(self.module, ()), views, batch, blanked)
+                yield from request
+            finally:
+                hook.remove()
+            if distance(stock, blanked) <= SMALLEST * size:
+                self._readers.append(reader)
 
     def _check_borrowed(self, method: str, seen: Observation) -> None:
         names = [

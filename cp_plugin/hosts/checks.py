@@ -1,8 +1,9 @@
-"""Whether a module fits the contract: a loss of two or more views, free of labels, returned."""
+"""Whether a module fits the contract: a loss of its views, free of labels."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,69 +18,37 @@ from cp_plugin.hosts.lineage import tensors_in
 from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
 
-MASKED = {
-    "MAEDecoder": "MAE",
-    "MAEDecoderTIMM": "MAE",
-    "MAEBackbone": "MAE",
-    "MaskedVisionTransformerDecoder": "MAE",
-    "PixioDecoderTIMM": "Pixio",
-    "IJEPAPredictor": "I-JEPA",
-    "IJEPAPredictorTIMM": "I-JEPA",
-    "IJEPABackbone": "I-JEPA",
-    "AIMPredictionHead": "AIM",
-    "MaskedCausalVisionTransformer": "AIM",
-    "CAPIPredictorTIMM": "CAPI",
-}
-"""Lightly's building blocks of methods that predict hidden parts of one view, and the methods."""
+log = logging.getLogger("cp_plugin")
+
 NOISE = 10.0
 """A gradient depends on labels if they change it more than this many times what chance does."""
 SMALLEST = 1e-5
 
 
-SINGLE = frozenset({"MAETransform", "AIMTransform", "CAPITransform", "IJEPATransform"})
-"""Lightly's transforms for such methods."""
-
-
-def check_pipeline(method: str, pipeline: Any) -> None:
-    """Check that a transform makes views to compare.
-
-    Raises:
-        UserError: it belongs to masked modelling or I-JEPA.
-    """
-    for base in type(pipeline).__mro__:
-        if base.__name__ in SINGLE and base.__module__.startswith("lightly."):
-            raise UserError(_masked(method, f"the transform {base.__name__}"))
-
-
-def check_module(module: Any, views: int) -> None:
+def check_module(module: Any) -> None:
     """Check what can be seen before a step has run.
 
     Args:
-        module: a LightningModule.
-        views: number of views that its transform makes of an image.
+        module: a LightningModule, or the modules of a loop.
 
     Raises:
-        UserError: it takes the loader's iterator, or masks its images.
+        UserError: it takes the loader's iterator.
     """
-    name = type(module).__name__
     step = getattr(module, "training_step", None)
     if step is not None and "dataloader_iter" in inspect.signature(step).parameters:
         raise UserError(
-            f"{name}.training_step takes dataloader_iter, so no row numbers can be added to its "
-            "batches; take `batch, batch_idx` instead."
+            f"{type(module).__name__}.training_step takes dataloader_iter, so no row numbers can "
+            "be added to its batches; take `batch, batch_idx` instead."
         )
-    for part in module.modules():
-        for base in type(part).__mro__:
-            if base.__name__ in MASKED and base.__module__.startswith("lightly."):
-                raise UserError(_masked(name, f"{MASKED[base.__name__]}'s {base.__name__}"))
-    if views < 2:
-        raise UserError(
-            f"the data set's transform makes one view of an image for {name}, and a contrastive "
-            "poison minimises a loss that compares two or more; let `self.transform` make them, "
-            "as Lightly's MultiViewTransform([first, second]) does (views that a collate_fn or "
-            "training_step makes are not seen before they are augmented), or, where the method "
-            "compares no views, craft on SimCLR, MoCo or BYOL and train it as a victim."
-        )
+
+
+def tell_uncompared(method: str) -> None:
+    """Log that a method compares no two views, so that the paper does not speak of its poison."""
+    log.info(
+        "%s compares no two views of an image: its own loss is minimised over delta all the same, "
+        "which the paper (SimCLR, MoCo, BYOL) does not cover",
+        method,
+    )
 
 
 def checking_labels(
@@ -107,14 +76,14 @@ def checking_labels(
     first: list[Tensor] = []
     other: list[Tensor] = []
     again: list[Tensor] = []
-    yield from _gradient(gradients_of(), views, batch, first)
-    yield from _gradient(gradients_of(), views, rolled, other)
+    yield from view_gradient(gradients_of(), views, batch, first)
+    yield from view_gradient(gradients_of(), views, rolled, other)
     size = sum(float(g.norm()) for g in first)
-    change = _distance(first, other)
+    change = distance(first, other)
     if change <= SMALLEST * size:
         return
-    yield from _gradient(gradients_of(), views, batch, again)
-    if change > NOISE * _distance(first, again):
+    yield from view_gradient(gradients_of(), views, batch, again)
+    if change > NOISE * distance(first, again):
         raise UserError(
             f"the loss of {method} depends on the labels of its batch: with other labels its "
             f"gradient changes by {100 * change / max(size, 1e-30):.2g} %. A contrastive poison "
@@ -123,9 +92,10 @@ def checking_labels(
         )
 
 
-def _gradient(
+def view_gradient(
     gradients: MomentumGradients, views: Sequence[Tensor], batch: Batch, found: list[Tensor]
 ) -> LossRequests:
+    """Ask for the loss of a batch and fill in its gradient with respect to each view."""
     leaves = [view.detach().requires_grad_() for view in views]
     found[:] = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
 
@@ -145,7 +115,8 @@ def _gradient(
             yield LossRequest([leaf.clone() for leaf in leaves], batch, on_loss)
 
 
-def _distance(first: list[Tensor], other: list[Tensor]) -> float:
+def distance(first: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return how far two gradients lie apart, the norms of all views added up."""
     return sum(float((a - b).norm()) for a, b in zip(first, other, strict=True))
 
 
@@ -169,11 +140,3 @@ def _roller(batch: Batch, labels: Tensor | None) -> Callable[[Any], Any]:
 def _equal(first: Any, other: Any) -> bool:
     pairs = zip(tensors_in(first), tensors_in(other), strict=True)
     return all(torch.equal(before, after) for before, after in pairs)
-
-
-def _masked(name: str, what: str) -> str:
-    return (
-        f"{name} has {what}: such methods predict hidden parts of one view (masked modelling, "
-        "I-JEPA), and a contrastive poison minimises a loss that compares two or more views. Use a "
-        "method such as SimCLR, MoCo, BYOL or DINO as surrogate; any method can be a victim."
-    )

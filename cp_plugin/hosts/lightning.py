@@ -14,7 +14,7 @@ from torch import Tensor
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.by_hand import by_hand, handing_over
-from cp_plugin.hosts.checks import check_module
+from cp_plugin.hosts.checks import check_module, tell_uncompared
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequest, answer
 from cp_plugin.util.internals import trainer_of
@@ -76,10 +76,15 @@ class LightningHost(ModuleHost):
             views: number of views of an image.
 
         Raises:
-            UserError: it reads its loader itself, or its method compares no two views (masked
-                modelling, I-JEPA).
+            UserError: it reads its loader itself.
         """
-        check_module(self.module, views)
+        check_module(self.module)
+        if not self.compares(views):
+            tell_uncompared(self.method)
+
+    def compares(self, views: int) -> bool:
+        """Whether the loss compares views of an image; of one view it cannot."""
+        return views > 1
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
@@ -97,9 +102,20 @@ class LightningHost(ModuleHost):
             Whether the step had a loss; if not, another batch has to show.
 
         Raises:
-            UserError: the gradient with respect to the views depends on the labels.
+            UserError: the gradient with respect to the views depends on the labels, or the step
+                fails on the one view that the transform makes.
         """
-        answer(self.branch.detecting(self.method, views, batch, labels), self)
+        try:
+            answer(self.branch.detecting(self.method, views, batch, labels), self)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if len(views) > 1 or isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"the data set's transform makes one view of an image, and {self.method}."
+                f"training_step fails on it ({type(error).__name__}: {error}); let "
+                "`self.transform` make as many as it compares, as Lightly's "
+                "MultiViewTransform([first, second]) does."
+            ) from error
         return self.branch.known
 
     def show(self, request: LossRequest) -> None:

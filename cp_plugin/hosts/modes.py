@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from torch import nn
 
-READS_FLAG = ("stable_pretraining.module", "Module")
-"""A class whose methods have a loss only while their own `training` flag is set."""
+READS_FLAG = frozenset(
+    {
+        ("stable_pretraining.module", "Module"),
+        ("stable_pretraining.backbone.vit", "MaskedEncoder"),
+        ("stable_pretraining.backbone.patch_masking", "PatchMasking"),
+        ("stable_pretraining.backbone.patch_masking", "IJEPAMasking"),
+        ("stable_pretraining.backbone.patch_masking", "MultiBlockMasking"),
+        ("solo.methods.mae", "MAE"),
+    }
+)
+"""Classes that have a loss, or masks, only while their own `training` flag is set.
+
+None of them holds statistics or dropout itself; the networks inside do.
+"""
 
 
 def reads_flag(module: nn.Module) -> bool:
-    """Whether a method computes its loss only `if self.training`."""
-    return any((cls.__module__, cls.__qualname__) == READS_FLAG for cls in type(module).__mro__)
+    """Whether a module does something else than statistics and dropout `if self.training`."""
+    return any((cls.__module__, cls.__qualname__) in READS_FLAG for cls in type(module).__mro__)
 
 
 def hold_still(module: nn.Module) -> None:
     """Put a method in eval mode, so that no statistics move and nothing is dropped.
 
-    A method whose own code reads its flag keeps that one flag set; it is the networks inside that
-    hold statistics and dropout.
+    Parts whose own code reads their flag keep that one flag set.
     """
     module.eval()
-    if reads_flag(module):
-        module.training = True
+    for part in module.modules():
+        if reads_flag(part):
+            part.training = True

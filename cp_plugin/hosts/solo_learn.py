@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.checks import tell_uncompared
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.protocol import answer
 from cp_plugin.util.undo import Exchanges
@@ -24,11 +25,12 @@ log = logging.getLogger("cp_plugin")
 BASE_CLASS = ("solo.methods.base", "BaseMethod")
 NOT_SERVED = {
     "supcon": "its loss compares labels, so its poison would be a supervised one",
-    "mae": "it reconstructs one view from a part of it, so there are no views to make alike",
     "base": "it has no self-supervised loss",
     "linear": "it has no self-supervised loss",
 }
 """Methods of solo-learn that no poison can be crafted with, and why."""
+UNCOMPARED = ("mae",)
+"""Methods whose loss is a sum over views, none of which is compared to another."""
 NEIGHBOURS_ONLY = ("nnbyol",)
 """Methods whose momentum branch only picks keys from a queue: no gradient goes through a choice."""
 CHECKPOINTER = "solo.utils.checkpointer"
@@ -115,6 +117,12 @@ class SoloHost(LightningHost):
                 f"{self.method} was built for {wanted} views of an image, the pipeline makes "
                 f"{views}; set num_crops in augmentations."
             )
+        if not self.compares(views):
+            tell_uncompared(self.method)
+
+    def compares(self, views: int) -> bool:
+        """Whether the loss compares views of an image."""
+        return self.method not in UNCOMPARED
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None

@@ -12,8 +12,14 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.internals import trainer_of
 
+BASE_CLASS = ("stable_pretraining.module", "Module")
 STAGE = "fit"
 """What `forward` is told where it trains."""
+
+
+def is_spt(module: Any) -> bool:
+    """Tell whether a module is one of stable-pretraining's methods."""
+    return any((cls.__module__, cls.__qualname__) == BASE_CLASS for cls in type(module).__mro__)
 
 
 class SptHost(LightningHost):

@@ -25,9 +25,9 @@ class SupervisedHost(LightningHost):
             views: number of views of an image; one is enough.
 
         Raises:
-            UserError: it reads its loader itself, or masks its images.
+            UserError: it reads its loader itself.
         """
-        check_module(self.module, max(2, views))
+        check_module(self.module)
 
     def detect_momentum(
         self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None

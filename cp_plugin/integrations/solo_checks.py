@@ -17,42 +17,39 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, names_or_numbers
-from cp_plugin.hosts.checks import check_pipeline
 from cp_plugin.mirror import mirror
 
 LoaderMaker = Callable[..., DataLoader[Any]]
 
 
 def checked(
-    prepare: LoaderMaker, selection: Selection, method: str, poison: Poison | None = None
+    prepare: LoaderMaker, selection: Selection, poison: Poison | None = None
 ) -> LoaderMaker:
     """Return solo-learn's `prepare_dataloader` with a look at what it has made.
 
     Args:
         prepare: solo-learn's own.
         selection: the poison and the monitor.
-        method: the name of the method that is trained.
         poison: what the file that is injected holds.
     """
 
     @functools.wraps(prepare)
     def prepare_dataloader(*args: Any, **kwargs: Any) -> DataLoader[Any]:
         loader = prepare(*args, **kwargs)
-        check_loader(loader, selection, method, poison)
+        check_loader(loader, selection, poison)
         return loader
 
     return prepare_dataloader
 
 
 def check_loader(
-    loader: DataLoader[Any], selection: Selection, method: str, poison: Poison | None = None
+    loader: DataLoader[Any], selection: Selection, poison: Poison | None = None
 ) -> None:
     """Check that the selected poison fits the images.
 
     Args:
         loader: of the training set.
         selection: the poison and the monitor.
-        method: the name of the method that is trained.
         poison: what the file that is injected holds.
 
     Raises:
@@ -73,7 +70,6 @@ def check_loader(
     if getattr(selection.poison, "granularity", None) == "class":
         _check_labels(dataset, selection.name)
     pipeline = RawDataset(dataset, None).transform
-    check_pipeline(method, pipeline)
     mirror(pipeline)
 
 

@@ -95,7 +95,7 @@ def _wrapped(
         defended = selection if kind == "pretrain" else replace(selection, defence=None)
         job.callbacks = functools.partial(build_callbacks, parsed, defended, folder, poison)
         if LOADER in names:
-            prepare = checked(names[LOADER], selection, str(parsed.method), poison)
+            prepare = checked(names[LOADER], selection, poison)
             job.exchanged.entry(names, LOADER, prepare)
         return parsed
 

@@ -9,15 +9,14 @@ import pytorch_lightning
 import torch
 from lightly.data import LightlyDataset
 from lightly.loss import NTXentLoss
-from lightly.models.modules import MaskedVisionTransformerDecoderTIMM
-from lightly.transforms import DINOTransform, MAETransform
+from lightly.transforms import DINOTransform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.simclr_transform import SimCLRTransform
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.transforms import Compose, PILToTensor, ToTensor
+from torchvision.transforms import PILToTensor
 
 from cp_plugin import CraftPoison, InjectPoison, KNNMonitor, Poison
 from cp_plugin.config.settings import UserError
@@ -197,14 +196,6 @@ class Refused(online(lightning.pytorch)):
         return self.loss(batch)
 
 
-class Masked(Refused):
-    def __init__(self):
-        super().__init__()
-        self.decoder = MaskedVisionTransformerDecoderTIMM(
-            num_patches=4, embed_dim=16, depth=1, num_heads=2
-        )
-
-
 class Supervised(Refused):
     def training_step(self, batch, batch_idx):
         z = F.normalize(self(batch[0][0]), dim=1)
@@ -240,7 +231,6 @@ class Nothing(Refused):
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        (Masked, r"Masked has MAE's MaskedVisionTransformerDecoder: .* hidden parts of one view"),
         (Supervised, r"the loss of Supervised depends on the labels .* leave the supervised term"),
         (Attached, r"the loss of Attached depends on the labels"),
         (Cut, r"the loss of Cut uses what .* returns, but no gradient reaches it: .* \(\.data,"),
@@ -277,14 +267,6 @@ class Alone(Dataset):
     ("data", "says"),
     [
         (lambda: DataLoader(Stream(), batch_size=4), r"Stream streams its images"),
-        (
-            lambda: Styled("views, target", MAETransform(input_size=32)),
-            r"the transform MAETransform",
-        ),
-        (
-            lambda: Styled("views, target", Compose([ToTensor()])),
-            r"makes one view of an image for .* let `self.transform` make them",
-        ),
         (lambda: Alone(), r"Alone has no attribute `transform`"),
         (
             lambda: DataLoader(Styled("views, target", TWO_VIEWS), collate_fn=only_targets),

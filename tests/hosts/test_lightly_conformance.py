@@ -5,6 +5,7 @@ import pytest
 import pytorch_lightning
 
 from cp_plugin.config.settings import UserError
+from tests.support.lightly_masked_modules import MASKED
 from tests.support.lightly_modules import MODULES, Style
 from tests.support.lightly_odd_modules import ODD, InferenceTeacher
 from tests.support.lightly_suite import (
@@ -19,7 +20,9 @@ from tests.support.lightly_suite import (
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 
 
-every_module = pytest.mark.parametrize("style", [*MODULES, *ODD], ids=lambda style: style.name)
+every_module = pytest.mark.parametrize(
+    "style", [*MODULES, *ODD, *MASKED], ids=lambda style: style.name
+)
 
 
 @every_module

@@ -28,6 +28,7 @@ pytestmark = [
     # Of what solo-learn uses: heads of DINO and SwAV, W-MSE's whitening.
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
+    pytest.mark.filterwarnings("ignore:The 'warn' function is deprecated"),  # of its backbones
 ]
 
 STEP = 1e-4
@@ -68,7 +69,7 @@ def loss(
     torch.manual_seed(1)
     gradients = momentum_gradients(host.module, host.momentum_modules() if dual else ())
     with hold, gradients:
-        value = host.loss(views_of(images + delta, crops), batch())
+        value = host.loss(views_of(host, images + delta, crops), batch())
     check_momentum_gradients(gradients, value, delta)
     return value
 
@@ -130,14 +131,14 @@ def test_the_loss_is_the_ssl_loss_alone_and_no_label_leaks(methods: Any, name: s
         delta = torch.zeros_like(images, requires_grad=True)
         with preserve_state(host.module):
             with momentum_gradients(host.module, host.momentum_modules()):
-                value = host.loss(views_of(images + delta), batch(label))
+                value = host.loss(views_of(host, images + delta), batch(label))
             found.append((value.detach(), torch.autograd.grad(value, delta)[0]))
     for value, gradient in found:
         assert torch.equal(value, found[0][0])
         assert torch.equal(gradient, found[0][1])
     with preserve_state(host.module):
         torch.manual_seed(1)
-        whole = host.module.training_step(with_views(batch().sample, views_of(images)), 0)
+        whole = host.module.training_step(with_views(batch().sample, views_of(host, images)), 0)
     assert whole > found[0][0] + 0.1  # its own step adds the classifiers' cross-entropy
 
 
@@ -146,7 +147,7 @@ def test_a_served_method_passes_what_it_is_watched_for(methods: Any, name: str) 
     """Every path of its momentum branch is followed, and labels stay outside."""
     host = make(methods, name)
     names = host.momentum_names
-    views = views_of(torch.rand(BATCH, 3, SIDE, SIDE))
+    views = views_of(host, torch.rand(BATCH, 3, SIDE, SIDE))
     labels = torch.arange(BATCH) % 3
     rows = torch.arange(BATCH)
     given = batch()._replace(sample=[rows, None, labels])
@@ -176,7 +177,7 @@ def test_a_method_that_is_not_served_says_why(methods: Any) -> None:
     host = make(methods, "supcon")
     images = torch.rand(BATCH, 3, SIDE, SIDE)
     with pytest.raises(UserError, match=r"method=supcon: its loss compares labels"):
-        host.loss(views_of(images), batch())
+        host.loss(views_of(host, images), batch())
 
 
 def test_the_online_backbone_is_what_is_evaluated(methods: Any) -> None:
@@ -200,4 +201,4 @@ def test_a_supervised_term_of_ones_own_is_refused(methods: Any) -> None:
     module.__class__ = Supervised
     given = batch()._replace(sample=[torch.arange(BATCH), None, torch.arange(BATCH) % 3])
     with pytest.raises(UserError, match="depends on the labels of its batch"):
-        host.detect_momentum(views_of(torch.rand(BATCH, 3, SIDE, SIDE)), given)
+        host.detect_momentum(views_of(host, torch.rand(BATCH, 3, SIDE, SIDE)), given)

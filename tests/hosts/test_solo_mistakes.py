@@ -31,10 +31,6 @@ MISTAKES: dict[str, tuple[Callable[[Made], tuple[str, ...]], str]] = {
         lambda made: ("+poison=cp", "method=supcon"),
         "no poison can be crafted with method=supcon: its loss compares labels",
     ),
-    "masked modelling": (
-        lambda made: ("+poison=cp_class", "method=mae"),
-        "no poison can be crafted with method=mae: it reconstructs one view",
-    ),
     "class poison without labels": (
         lambda made: ("+poison=cp_class", "+data.no_labels=True"),
         "data.no_labels=True leaves no labels",

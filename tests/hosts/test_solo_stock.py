@@ -12,7 +12,7 @@ import torch
 from cp_plugin.attack import poison_file
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.data import RawDataset, load
-from tests.support.applications import CRAFT, NATIVE, only
+from tests.support.applications import CPU, CRAFT, NATIVE, only
 
 pytestmark = [
     # Stock solo-learn, timm and Lightning warn of their own uses of what is deprecated.
@@ -162,7 +162,6 @@ BAD = {
     "an unknown key": (("+poison=cp", "+poison.epsilon=1"), "did you mean poison.eps?"),
     "a value out of range": (("+poison=cp", "poison.eps=8"), "must lie in"),
     "a method that is not served": (("+poison=cp", "method=supcon"), "compares labels"),
-    "mae": (("+poison=cp", "method=mae"), "reconstructs one view"),
     "no labels": (("+poison=cp_class", "+data.no_labels=True"), "leaves no labels"),
     "no poison file": (("+poison=inject", "poison.path=none"), "no poison file at none"),
     "no test images": (("+monitor=knn", "data.val_path=null"), "set data.val_path"),
@@ -234,3 +233,23 @@ def test_the_schedule_ends_with_crafting(stock, solo_data, tmp_path, monkeypatch
     )
     assert ran.code == 0, ran.err
     assert seen == [(4, 2), (3, 1)]  # steps, and the epochs of 3 steps that they are
+
+
+def test_stock_mae_is_crafted_with_and_trained_on_it(stock, solo_data, tmp_path):
+    def pretrain(*overrides):
+        where = ("--config-path", f"{stock.root}/scripts/pretrain/cifar", "--config-name", "mae")
+        small = (
+            *("backbone.name=vit_tiny", "backbone.kwargs.patch_size=8"),
+            *("method_kwargs.decoder_embed_dim=16", "method_kwargs.decoder_depth=1"),
+            *("method_kwargs.decoder_num_heads=2", "max_epochs=1", "optimizer.batch_size=8"),
+            "data.val_path=null",  # its validation images would have 224 pixels
+        )
+        return stock.call("main_pretrain", *where, *CPU, *solo_data, *small, *overrides)
+
+    made = pretrain("+poison=cp_class", "poison.rounds=1", *CRAFT[1:])
+    assert made.code == 0, made.err
+    assert "mae compares no two views" in made.err
+    file = only(tmp_path, "poison.safetensors")
+    assert Poison.load(file).info["method"] == "mae"
+    victim = pretrain("+poison=inject", f"poison.path={file}", "checkpoint.dir=victim")
+    assert victim.code == 0, victim.err

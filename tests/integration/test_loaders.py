@@ -320,13 +320,14 @@ def test_one_view_is_refused_by_what_is_missing(tmp_path: Path) -> None:
         return [images, images.flip(-1)], torch.tensor([target for _, target in samples])
 
     loader = DataLoader(Pictures(transforms.ToTensor()), 8, collate_fn=two_views)
-    with pytest.raises(UserError, match=r"one view of an image .* MultiViewTransform.* collate_fn"):
-        PoisonLoop(loader, Small())
-    for given in (loader, DataLoader(Pictures(transforms.ToTensor()), 8)):
-        with pytest.raises(
-            UserError, match=r"one view of an image for Small, .* let `self.transform` make them"
-        ):
-            fit(Small(), given, tmp_path, CraftPoison(**CRAFT))
+    unseen = r"collate_fn of the data loader fails .* let `self.transform` make the views"
+    with pytest.raises(UserError, match=unseen):
+        next(iter(PoisonLoop(loader, Small())))
+    with pytest.raises(UserError, match=unseen):
+        fit(Small(), loader, tmp_path, CraftPoison(**CRAFT))
+    alone = r"one view of an image, and Small\.training_step fails .* MultiViewTransform"
+    with pytest.raises(UserError, match=alone):
+        fit(Small(), DataLoader(Pictures(transforms.ToTensor()), 8), tmp_path, CraftPoison(**CRAFT))
 
 
 def test_a_transform_that_is_called_for_each_view_is_served(tmp_path: Path) -> None:

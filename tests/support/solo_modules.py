@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from cp_plugin.data.batch import Batch
 from cp_plugin.engine.solo_backbones import add_timm_backbone
 from cp_plugin.hosts import adapt
+from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.solo_learn import SoloHost
-from tests.support.solo_served import HEADS, SERVED
+from tests.support.solo_served import HEADS, ONE_VIEW, SERVED
 
 BATCH, SIDE = 8, 12
+RESNET = {
+    "name": "timm/resnet18",
+    "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 16]},
+}
+VIT = {"name": "vit_tiny", "kwargs": {"patch_size": 4, "img_size": SIDE}}
 
 
 def configuration(name: str, small_crops: int = 0) -> Any:
@@ -23,13 +29,10 @@ def configuration(name: str, small_crops: int = 0) -> Any:
         {
             "name": "test",
             "method": name,
-            "backbone": {
-                "name": "timm/resnet18",
-                "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 16]},
-            },
+            "backbone": VIT if name in ONE_VIEW else RESNET,
             "data": {
                 "dataset": "custom",
-                "num_large_crops": 2,
+                "num_large_crops": 1 if name in ONE_VIEW else 2,
                 "num_small_crops": small_crops,
                 "num_classes": 10,
             },
@@ -69,7 +72,8 @@ def make(methods: Any, name: str, small_crops: int = 0) -> SoloHost:
     for child in module.modules():
         if type(child).__name__ == "IterNorm":  # has a backward pass of its own: nothing is stopped
             child.forward = unseen_by_modes(child.forward)
-    host = adapt(module.eval(), with_views)
+    hold_still(module)
+    host = adapt(module, with_views)
     assert isinstance(host, SoloHost)
     return host
 
@@ -105,6 +109,8 @@ def batch(label: int = 0) -> Batch:
     return Batch(rows, rows, images, [rows, None, torch.full((BATCH,), label)])
 
 
-def views_of(images: Tensor, small_crops: int = 0) -> list[Tensor]:
+def views_of(host: SoloHost, images: Tensor, small_crops: int = 0) -> list[Tensor]:
+    """As many views as a method was built for."""
     small = [images[..., 2:10, 2:10] * (1 + crop) for crop in range(small_crops)]
-    return [images * 2 - 1, images.flip(-1) * 1.5, *small]
+    large = [images * 2 - 1, images.flip(-1) * 1.5]
+    return [*large[: host.module.num_large_crops], *small]

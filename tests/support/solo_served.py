@@ -24,6 +24,10 @@ SERVED: dict[str, dict[str, Any]] = {
         "warmup_teacher_temperature": 0.4,
         "warmup_teacher_temperature_epochs": 2,
     },
+    "mae": {
+        **{"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2},
+        **{"mask_ratio": 0.5, "norm_pix_loss": False},
+    },
     "mocov2plus": QUEUE,
     "mocov3": {**HEADS, "temperature": 0.2},
     "nnbyol": QUEUE,
@@ -37,5 +41,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "vicreg": {**HEADS, **WEIGHTS},
     "wmse": {**HEADS, "whitening_iters": 2, "whitening_size": 8, "whitening_eps": 0.1},
 }
+ONE_VIEW = {"mae"}
+"""Methods that compare no two views."""
 MOMENTUM = {"all4one", "byol", "dino", "mocov2plus", "mocov3", "ressl"}
 """nnbyol has a momentum branch too, but it only picks keys from a queue."""

@@ -277,7 +277,7 @@ def test_finished_tensors_are_poisoned_as_before() -> None:
 @pytest.mark.parametrize(
     ("dataset", "text"),
     [
-        (Once(transform=PLAIN), "makes one view of an image for SimCLR"),
+        (Once(transform=PLAIN), r"makes one view of an image, and SimCLR\.training_step fails"),
         (Once(transform=None), "the data set's transform is None"),
         (Once(transform=lambda image: [CROP(image)] * 2), r"is a function, .*<lambda>"),
     ],
