@@ -7,6 +7,7 @@ monitor is selected and the application is one that is served.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
@@ -23,6 +24,11 @@ from cp_plugin.util.paths import shipped
 from cp_plugin.util.undo import Exchanges
 
 OWN_APPLICATION = "cp_plugin.apps.hydra_app"
+APPLICATIONS = {
+    "solo.args": "cp_plugin.integrations.solo_learn:wrap_parser",
+    "stable_pretraining.config": "cp_plugin.integrations.stable_pretraining:wrap_maker",
+}
+"""What enters an application, by a module that it has imported when its `main` runs."""
 PROVIDER = "cp-plugin"
 EXIT_CODE = 2
 
@@ -45,19 +51,19 @@ def start(config: Any, task_function: Callable[..., Any]) -> None:
     function = inspect.unwrap(task_function)
     if function.__module__ == OWN_APPLICATION:
         return
-    solo_learn = "solo.args" in sys.modules
-    if solo_learn:
-        from cp_plugin.integrations.solo_learn import wrap_parser
-
-        _job = Job()
-        if wrap_parser(function, _job):
-            _messages_shown(_job.exchanged)
-            return
-        _job = None
+    for library, entry in APPLICATIONS.items():
+        if library in sys.modules:
+            module, _, name = entry.partition(":")
+            _job = Job()
+            if getattr(importlib.import_module(module), name)(function, _job):
+                _messages_shown(_job.exchanged)
+                return
+            _job = None
     stop(
         f"{_selected(config)} is selected, but {function.__module__}.{function.__qualname__} is "
         "not an application that cp-plugin serves, so nothing would be poisoned; use solo-learn's "
-        "main_pretrain.py, `cp-plugin pretrain`, or CraftPoison as a callback in your own code."
+        "main_pretrain.py, stable-pretraining's `spt run`, `cp-plugin pretrain`, or CraftPoison as "
+        "a callback in your own code."
     )
 
 

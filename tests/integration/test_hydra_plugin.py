@@ -99,6 +99,7 @@ def test_a_wheel_carries_configurations_patches_and_the_plugin(application, tmp_
         "cp_plugin/configs/pretrain/simclr.yaml",
         "cp_plugin/patches/__init__.py",
         "cp_plugin/patches/compute_on_step.py",
+        "cp_plugin/patches/resume_weights_only.py",
     ):
         assert expected in names
     chosen = ["+poison=inject", "poison.path=x"]
