@@ -25,7 +25,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile
 from cp_plugin.attack.start import taken_up
 from cp_plugin.config.settings import CacheMode, CraftConfig, UserError, build, cache_mode
-from cp_plugin.data import PreTransformDataset
+from cp_plugin.data import PreTransformDataset, PreTransformStream
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import (
     batch_size_of,
@@ -53,11 +53,11 @@ MODEL = "model"
 
 def poisoned(
     dataset: Any, poison: Poison | str | Path, fraction: float = 1.0
-) -> PreTransformDataset:
+) -> PreTransformDataset | PreTransformStream:
     """Return a data set whose images carry a poison before its own transform: a victim's data.
 
     Args:
-        dataset: a map-style data set of images (PIL, array or tensor); it stays as it is.
+        dataset: a data set or stream of images (PIL, array or tensor); it stays as it is.
         poison: the poison or its file.
         fraction: part of the poison's rows that is used, in (0, 1].
 

@@ -13,13 +13,16 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import (
     PreTransformDataset,
+    PreTransformStream,
     RawDataset,
     SampleError,
     changes_in,
     labels,
     names_or_numbers,
+    streams,
     wrappers,
 )
+from cp_plugin.data.labels import distinct
 
 CHECKED = 1000
 """Images looked up before training, all over the data set; the rest are when they are loaded."""
@@ -80,6 +83,11 @@ class AddPoison:
         return self.poison.perturbation.gather(self._rows([key], [label]))[0]
 
     def _rows(self, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
+        if self.classes and max(labels, default=-1) >= len(self.classes):
+            raise SampleError(
+                f"an image has the label {max(labels)}, and the data set has "
+                f"{len(self.classes)} classes; give it labels from 0 on."
+            )
         names = [self.classes[y] if self.classes and y >= 0 else None for y in labels]
         rows = self.poison.rows(keys=keys, classes=names)
         if not (self.poison.needs_labels or self._partial) and bool((rows < 0).any()):
@@ -89,11 +97,34 @@ class AddPoison:
         return rows
 
 
-def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformDataset:
+class AddToStream(AddPoison):
+    """Adds a poison to the images of a stream, none of which could be looked up before."""
+
+    _seen = 0
+    _carried = False
+
+    def many(self, images_BCHW: Tensor, keys: Sequence[int], labels: Sequence[int]) -> Tensor:
+        """Return poisoned images, uint8 (B, C, H, W).
+
+        Raises:
+            SampleError: a poison for a part of the images has carried none of so many that they
+                are others.
+        """
+        if self._partial and not self._carried:
+            self._seen += len(keys)
+            self._carried = bool((self._rows(keys, labels) >= 0).any())
+            if not self._carried and self._seen >= EXPECTED / self.poison.fraction:
+                raise SampleError(_of_others(self.poison, self._seen, 0))
+        return super().many(images_BCHW, keys, labels)
+
+
+def inject(
+    dataset: Any, poison: Poison, fraction: float = 1.0
+) -> PreTransformDataset | PreTransformStream:
     """Return a data set whose images carry a poison before its own transform.
 
     Args:
-        dataset: a map-style data set of images.
+        dataset: a data set of images, or a stream of samples with images.
         poison: the poison.
         fraction: part of the poisoned images that stays so, see `part`.
 
@@ -103,8 +134,11 @@ def inject(dataset: Any, poison: Poison, fraction: float = 1.0) -> PreTransformD
     return added(dataset, part(dataset, poison, fraction))
 
 
-def added(dataset: Any, poison: Poison) -> PreTransformDataset:
+def added(dataset: Any, poison: Poison) -> PreTransformDataset | PreTransformStream:
     """Return a data set whose images carry a poison that is known to fit."""
+    if streams(dataset):
+        add: AddPoison = AddToStream(poison, _classes_of_stream(dataset, poison))
+        return PreTransformStream(dataset, add, poison.size, poison.fit)
     add = AddPoison(poison, _classes(dataset, poison))
     return PreTransformDataset(dataset, add, poison.size, add.many, poison.fit)
 
@@ -113,7 +147,8 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
     """Return what a data set uses of a poison; a part is the same part of each class.
 
     Args:
-        dataset: a map-style data set of images; where fraction is less than 1, all are read once.
+        dataset: a data set of images; where fraction is less than 1, all are read once. Images of
+            a stream are looked up as they come.
         poison: the poison.
         fraction: part of the poisoned images that stays so, in (0, 1].
 
@@ -121,6 +156,8 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         UserError: the poison belongs to other images (the first missing ones are named) or classes.
     """
     check_unpoisoned(dataset)
+    if streams(dataset):
+        return _of_stream(dataset, poison, fraction)
     classes = _classes(dataset, poison)
     poison.check_classes(classes)
     if poison.owned_keys is not None:
@@ -136,13 +173,43 @@ def _classes(dataset: Any, poison: Poison) -> tuple[str, ...] | None:
     return names_or_numbers(dataset) if poison.needs_labels else None
 
 
+def _of_stream(stream: Any, poison: Poison, fraction: float) -> Poison:
+    """Check what can be known of a stream that has not begun."""
+    if fraction < 1:
+        raise UserError(
+            f"fraction={fraction:g} picks images among all, and {type(stream).__name__} streams "
+            "them; write a part of the poison with a map-style data set, or craft with "
+            "poison.fraction, and inject that file."
+        )
+    poison.check_classes(_classes_of_stream(stream, poison))
+    return poison
+
+
+def _classes_of_stream(stream: Any, poison: Poison) -> tuple[str, ...] | None:
+    """Return the names of a stream's classes, where the poison asks for them.
+
+    They are its attribute `classes`, or the names that Hugging Face's `features` give its label; a
+    poison of numbered classes has the numbers.
+    """
+    if not poison.needs_labels:
+        return None
+    features = getattr(stream, "features", None) or {}
+    named = [getattr(feature, "names", None) for feature in dict(features).values()]
+    found = getattr(stream, "classes", None) or next(filter(None, named), None)
+    if found is not None:
+        return distinct([str(name) for name in found])
+    own = poison.classes
+    return own if own is not None and own == tuple(map(str, range(len(own)))) else None
+
+
 def check_unpoisoned(dataset: Any) -> None:
     """Check that the images of a data set carry no poison yet: two would exceed the budget.
 
     Raises:
         UserError: they carry one.
     """
-    for add in changes_in(dataset):
+    own = [dataset.add] if isinstance(dataset, PreTransformStream) else changes_in(dataset)
+    for add in own:
         if isinstance(add, AddPoison):
             raise UserError(
                 f"the images of {type(dataset).__name__} carry a {add.poison.granularity} poison "

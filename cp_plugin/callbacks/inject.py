@@ -24,7 +24,7 @@ from cp_plugin.config.settings import (
     build,
     cache_mode,
 )
-from cp_plugin.data import RawDataset, wrappers
+from cp_plugin.data import RawDataset, streams, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.read_once import read_once
 from cp_plugin.data.transformed import resized
@@ -106,7 +106,7 @@ class InjectPoison(Callback):
 
     def _announce_size(self, dataset: Any) -> None:
         """Say where images are brought to the poison's size, and what clean runs then need."""
-        if not wrappers.transforms_of(dataset) or self._poison.fit == "cover":
+        if self._poison.fit == "cover" or streams(dataset) or not wrappers.transforms_of(dataset):
             return
         pipeline = RawDataset(dataset, None).transform
         try:

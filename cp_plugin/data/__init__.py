@@ -3,7 +3,8 @@
 `image` (canonical form, keys), `wrappers` (the data sets inside a data set), `labels` (labels and
 class names), `raw` (the host's transform taken off), `slots` (where views stand in a sample),
 `kept` (samples that a data set keeps), `channels` (grey images, and channels that a poison cannot
-keep), `transformed` (images changed before the transform), `in_memory` (changed once), `batch`,
+keep), `transformed` (images changed before the transform), `stream` (those of a stream),
+`in_memory` (changed once), `batch`,
 `loading`, `subset`, `pipelines` (what makes several views), `photos` (the embedded photographs),
 `picture_files` (files in folders), `picture_pixels` and `png16` (files of any kind, changed),
 `picture_cache` (pictures decoded once), `canonical` (which size is canonical), `fit` (delta at any
@@ -15,6 +16,7 @@ from cp_plugin.data.image import Canonical, image_key
 from cp_plugin.data.labels import class_names, labels, names_or_numbers
 from cp_plugin.data.photos import Photos
 from cp_plugin.data.raw import Item, RawDataset, SampleError
+from cp_plugin.data.stream import PreTransformStream, streams
 from cp_plugin.data.transformed import PreTransformDataset, changes_in, clean_dataset
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Item",
     "Photos",
     "PreTransformDataset",
+    "PreTransformStream",
     "RawDataset",
     "SampleError",
     "changes_in",
@@ -32,4 +35,5 @@ __all__ = [
     "labels",
     "load",
     "names_or_numbers",
+    "streams",
 ]

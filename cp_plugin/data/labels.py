@@ -28,7 +28,7 @@ log = logging.getLogger("cp_plugin")
 # `samples` comes first: solo-learn's `data.fraction` replaces it and leaves `targets` stale.
 PAIR_LISTS = ("samples", "imgs", "_data")
 LABEL_LISTS = ("targets", "labels", "_labels")
-LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "class", "class_id", "y"})
+LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "class", "class_id", "cls", "y"})
 """What labels are called in samples that are dictionaries."""
 UNLABELLED = -1
 COMPARED = 200
@@ -58,7 +58,7 @@ def labels(dataset: Any) -> Tensor | None:
     rows, samples = [], []
     for row in _spread(len(dataset), COMPARED):
         with suppress(SampleError):  # an unreadable image is named when it is needed
-            samples.append(dict(_numbers(read(row).sample)))
+            samples.append(dict(numbers(read(row).sample)))
             rows.append(row)
     places = [
         place
@@ -210,17 +210,17 @@ def _reader(dataset: Any) -> Reader | None:
     return read
 
 
-def _numbers(sample: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
+def numbers(sample: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
     """Yield the whole numbers of a sample with their places in it."""
     if _is_whole(sample):
         if int(sample) > LEAST_NUMBER:
             yield place, int(sample)
     elif isinstance(sample, Mapping):
         for key, value in sample.items():
-            yield from _numbers(value, (*place, key))
+            yield from numbers(value, (*place, key))
     elif isinstance(sample, (list, tuple)):
         for number, value in enumerate(sample):
-            yield from _numbers(value, (*place, number))
+            yield from numbers(value, (*place, number))
 
 
 def _place_of_labels(
@@ -251,7 +251,7 @@ def _read_all(dataset: Any, read: Reader, place: tuple[Any, ...]) -> Tensor | No
         len(dataset),
         type(dataset).__name__,
     )
-    found = torch.tensor([dict(_numbers(read(row).sample))[place] for row in range(len(dataset))])
+    found = torch.tensor([dict(numbers(read(row).sample))[place] for row in range(len(dataset))])
     numbers_of_images = len(torch.unique(found)) == len(found) > 1
     return None if numbers_of_images or not bool((found >= 0).any()) else found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +35,16 @@ AS_IT_IS = Canonical(None)
 _label: ContextVar[int] = ContextVar("label", default=UNLABELLED)
 _applied: ContextVar[bool] = ContextVar("applied", default=False)
 """Whether the change of the sample that is being read has been applied."""
+
+
+@contextmanager
+def labelled(label: int) -> Iterator[None]:
+    """Let images that are changed inside have a label."""
+    known = _label.set(label)
+    try:
+        yield
+    finally:
+        _label.reset(known)
 
 
 class PreTransformDataset(Dataset[Any]):
