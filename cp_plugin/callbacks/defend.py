@@ -20,6 +20,7 @@ from cp_plugin.config.defences import (
     MixupConfig,
     NoiseConfig,
     Settings,
+    UeraserConfig,
     check_defence,
     defence_settings,
 )
@@ -28,6 +29,7 @@ from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.canonical import canonical_size
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.defences import Cutout, GaussianNoise, Mixing, Pixels, adversarial_views
+from cp_plugin.defences.eraser import Ueraser, worst_views
 from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
 from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
 from cp_plugin.hosts import adapt
@@ -193,6 +195,8 @@ class Defence(Callback):
             return self._mixed_step(module, dataset, config)
         if isinstance(config, AdversarialConfig):
             return _Adversary(module, config, self._pixels(module, dataset)).step
+        if isinstance(config, UeraserConfig):
+            return _Eraser(module, config, self._pixels(module, dataset)).step
         change: GaussianNoise | Cutout
         if isinstance(config, NoiseConfig):
             change = GaussianNoise(config.std, self._pixels(module, dataset))
@@ -259,12 +263,45 @@ class _Adversary:
             def loss(moved: list[Tensor]) -> Tensor:
                 with gradients:
                     output = own(with_views(batch, moved), *rest)
-                value = output["loss"] if isinstance(output, Mapping) else output
-                assert isinstance(value, Tensor)
-                return value
+                return _loss_in(output)
 
             moved = adversarial_views(loss, views, self._config, self._pixels, guard.restore)
         return own(with_views(batch, moved), *rest)
+
+
+class _Eraser:
+    """Runs a module's step on changed views, or on the worst of several changes."""
+
+    def __init__(self, module: Any, config: UeraserConfig, pixels: Pixels) -> None:
+        self._module, self._config = module, config
+        self._change = Ueraser(config.intensity, pixels)
+
+    def step(self, own: Step, batch: Any, rest: Any) -> Any:
+        """Draw views; in the worst-case form, compute their losses first and undo all traces."""
+        views, config = views_of(batch), self._config
+        last = config.worst_epochs
+        worst = config.form == "worst" and (last is None or self._module.current_epoch < last)
+        count = config.draws if worst else 1
+        draws = [[self._change(view) for view in views] for _ in range(count)]
+        if count > 1:
+            draws = [worst_views(draws, self._losses(own, batch, rest, draws))]
+        return own(with_views(batch, draws[0]), *rest)
+
+    def _losses(self, own: Step, batch: Any, rest: Any, draws: list[list[Tensor]]) -> list[Tensor]:
+        of_images = getattr(self._module, "image_losses", None)
+        losses = []
+        with preserve_state(self._module) as guard, torch.no_grad():
+            for views in draws:
+                shown = with_views(batch, views)
+                losses.append(of_images(shown) if of_images else _loss_in(own(shown, *rest)))
+                guard.restore()
+        return losses
+
+
+def _loss_in(output: Any) -> Tensor:
+    value = output["loss"] if isinstance(output, Mapping) else output
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _mirror_of(dataset: Any) -> Mirror:

@@ -197,6 +197,38 @@ class CutoutConfig:
 
 
 @dataclass(frozen=True)
+class UeraserConfig:
+    """Views under plasma noise, shuffled channels and TrivialAugment (UEraser; Qin et al., 2023).
+
+    In the worst-case form each step trains on the draw of several that has the largest loss: of
+    each image where the loss is one of single images (method supervised), else of the batch.
+    """
+
+    form: Literal["mean", "worst"] = "worst"
+    """`mean`: one draw a step, which minimises the mean loss; `worst`: the worst of several."""
+    draws: int = 5
+    """Draws a step of the worst-case form, each with a forward pass of its own."""
+    worst_epochs: int | None = None
+    """Epochs from the first on that have the worst-case form, the rest has one draw. None: all; the
+    paper takes 60 of 200."""
+    intensity: float = 1.0
+    """Largest range of the change of brightness by a plasma, pixels in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if self.form not in ("mean", "worst"):
+            raise UserError(f"defence.form must be mean or worst; got {self.form!r}.")
+        _within("draws", self.draws, 2, 100)
+        if self.worst_epochs is not None:
+            _within("worst_epochs", self.worst_epochs, 1, 1_000_000)
+        _within("intensity", self.intensity, 1e-6, 1)
+
+
+@dataclass(frozen=True)
 class MixupConfig:
     """Pairs of images and labels averaged (Zhang et al., ICLR 2018); supervised victims only."""
 
@@ -256,6 +288,7 @@ Settings = (
     | BitDepthConfig
     | OrthogonalConfig
     | CutoutConfig
+    | UeraserConfig
     | MixupConfig
     | DpSgdConfig
 )
@@ -269,6 +302,7 @@ DEFENCES: dict[str, type[Any] | None] = {
     "bit_depth": BitDepthConfig,
     "orthogonal": OrthogonalConfig,
     "cutout": CutoutConfig,
+    "ueraser": UeraserConfig,
     "mixup": MixupConfig,
     "cutmix": CutmixConfig,
     "dp_sgd": DpSgdConfig,

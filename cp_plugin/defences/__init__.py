@@ -1,12 +1,14 @@
 """Defences of a victim against poisons, for plain PyTorch; `Defence` puts them into Lightning.
 
 `defended` wraps a data set (matrix completion, smoothing, JPEG, grey, bit depth, orthogonal
-projection); `Smoothing`, `Jpeg`, `Grey`, `BitDepth`, `GaussianNoise`, `Cutout` are transforms;
-`adversarial_views` moves views against a loss; `Mixing` mixes views and labels; `Private` and
+projection); `Smoothing`, `Jpeg`, `Grey`, `BitDepth`, `GaussianNoise`, `Cutout`, `Ueraser` are
+transforms; `adversarial_views` moves views against a loss; `worst_views` picks the worst of several
+draws; `Mixing` mixes views and labels; `Private` and
 `with_group_norm` are differentially private SGD; `complete_images` is matrix completion itself.
 """
 
 from cp_plugin.defences.completion import Completions, complete_images, completions_of
+from cp_plugin.defences.eraser import Ueraser, worst_views
 from cp_plugin.defences.images import Smoothing, defended
 from cp_plugin.defences.lowrank import complete, soft_threshold
 from cp_plugin.defences.mixing import Mixing
@@ -27,6 +29,7 @@ __all__ = [
     "Private",
     "Projection",
     "Smoothing",
+    "Ueraser",
     "adversarial_views",
     "complete",
     "complete_images",
@@ -34,4 +37,5 @@ __all__ = [
     "defended",
     "soft_threshold",
     "with_group_norm",
+    "worst_views",
 ]

@@ -31,6 +31,18 @@ class Supervised(Method):
         logits: Tensor = self.classifier(self.backbone(x))
         return logits
 
+    def image_losses(self, batch: Any) -> Tensor:
+        """Return the cross-entropy of each image of a batch, (B), 0 where it has no label.
+
+        That of an image is the mean over its views.
+        """
+        views, labels = self.contiguous(list(batch[0])), batch[1]
+        targets = labels.clamp(min=UNLABELLED).repeat(len(views))
+        of_views = functional.cross_entropy(
+            self.forward(torch.cat(views)), targets, ignore_index=UNLABELLED, reduction="none"
+        )
+        return of_views.view(len(views), -1).mean(0)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of a batch's labelled views, 0 where there are none.
 

@@ -20,7 +20,9 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
 from cp_plugin.defences import BitDepth, Grey, Jpeg, Projection, Smoothing
 from cp_plugin.defences.projection import fitted_weights
+from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.run import check, run
+from cp_plugin.engine.settings import complete
 from tests.support.own_module import ROOTS, simclr, trainer
 
 pytestmark = [
@@ -130,6 +132,43 @@ def test_projection_is_fitted_to_the_poisoned_images(tmp_path):
     assert (off != 0).float().mean() < 1e-3
     assert (expected != poisoned).float().mean() > 0.1
     assert defence.facts()["projection_seconds"] >= 0
+
+
+def test_ueraser_trains_on_the_worst_of_its_draws_and_leaves_no_other_trace(tmp_path):
+    runs = []  # outside of the module, which is put back after each that is tried
+
+    class Watched(Classifier):
+        def training_step(self, batch, batch_idx):
+            before = self.network[1].running_mean.clone()
+            loss = super().training_step(batch, batch_idx)
+            runs.append((loss.item(), before))
+            return loss
+
+    fit(Watched(), plain(), tmp_path, Defence("ueraser", draws=4))
+    *tried, trained = runs
+    assert len(tried) == 4
+    losses = [loss for loss, _ in tried]
+    assert trained[0] == pytest.approx(max(losses), rel=1e-5)
+    assert max(losses) > min(losses)
+    assert all(torch.equal(before, trained[1]) for _, before in tried)  # as none was tried
+    for form, count in (({"form": "mean"}, 2), ({"worst_epochs": 1}, 5 + 1)):
+        runs.clear()
+        fit(Watched(), plain(), tmp_path, Defence("ueraser", draws=4, **form), max_epochs=2)
+        assert len(runs) == count
+
+
+def test_ueraser_on_a_supervised_victim_takes_the_worst_of_each_image():
+    cfg = complete(compose("supervised", ["backbone.kwargs.channels=[8,8,8,8]"]))
+    cfg.data.num_classes = 3
+    module = build_method(cfg, 32).eval()
+    views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    labels = torch.tensor([0, 2, -1, 1])
+    with torch.no_grad():
+        found = module.image_losses((views, labels))
+        for row, label in enumerate(labels.tolist()):
+            terms = [-functional.log_softmax(module(view)[row], 0)[label] for view in views]
+            expected = 0 if label < 0 else sum(terms) / 2
+            assert float(found[row]) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_completions_replace_the_images(tmp_path):
