@@ -15,7 +15,7 @@ from typing import Any
 
 from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.provenance import RESULTS, source
-from tests.bench.study_tables import augment, curves, reproduction, study, supervised
+from tests.bench.study_tables import augment, curves, long_runs, reproduction, study, supervised
 from tests.support.solo_served import MOMENTUM, SERVED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +282,7 @@ def _errors(row: dict[str, float]) -> str:
 THEMES: dict[str, Callable[[list[Result]], str]] = {
     "augment": augment,
     "cifar10": reproduction,
-    "cifar10_long": curves,
+    "cifar10_long": long_runs,
     "cifar10_supervised": supervised,
     "completion": completion,
     "demo": demo,

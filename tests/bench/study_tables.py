@@ -197,6 +197,49 @@ def curves(results: list[Result]) -> str:
     return "\n".join([*lines, "", *told, "", _setting(newest), *_missing(newest), source(newest)])
 
 
+def long_runs(results: list[Result]) -> str:
+    """Victims of the newest study one by one, and how each came there: kNN and loss by steps."""
+    newest = results[-1]
+    measured = _measured(newest)
+    keys = {
+        "linear_clean": "linear, clean bank",
+        "linear_poisoned": "poisoned",
+        "knn_clean": "kNN, clean bank",
+        "knn_poisoned": "poisoned",
+        "knn_control": "control",
+    }
+    lines = [
+        f"| run | {' | '.join(keys.values())} | training loss | hours |",
+        "|---|" + "---|" * (len(keys) + 2),
+    ]
+    for cell in measured:
+        found, result = row_of(cell, {"": Path()}, "").accuracies, cell["result"]
+        values = [f"{found[key]:.1f}" if key in found else "-" for key in keys]
+        told = [*values, f"{result['train_loss']:.3f}", f"{result['seconds'] / 3600:.1f}"]
+        lines.append(f"| {_run(cell)} | {' | '.join(told)} |")
+    steps = sorted({entry["step"] for cell in measured for entry in cell["result"]["knn"]})
+    lines += ["", f"| kNN, clean bank / loss at step | {' | '.join(map(str, steps))} |"]
+    lines.append("|---|" + "---|" * len(steps))
+    for cell in measured:
+        curve = {entry["step"]: entry for entry in cell["result"]["knn"]}
+        points = [curve.get(step) for step in steps]
+        values = [
+            "-" if point is None else f"{point['knn_clean_bank']:.1f} / {point['loss']:.3f}"
+            for point in points
+        ]
+        lines.append(f"| {_run(cell)} | {' | '.join(values)} |")
+    told_of = [_setting(newest), *_missing(newest), source(newest)]
+    return "\n".join(
+        [*lines, "", "The loss is the mean since the point before. " + told_of[0], *told_of[1:]]
+    )
+
+
+def _run(cell: Result) -> str:
+    made_on = cell["surrogate_backbone"] or cell["backbone"]
+    source_ = f" ({cell['surrogate']}, {made_on})" if cell["surrogate"] else ""
+    return f"{cell['victim']}, {cell['backbone']}, {cell['poison']}{source_}, seed {cell['seed']}"
+
+
 def _by_step(rows: list[Row], key: str, steps: list[int]) -> list[list[float]]:
     """Return for each step the accuracies of all runs."""
     curves_ = [{entry["step"]: entry[key] for entry in row.curve if key in entry} for row in rows]
