@@ -6,7 +6,14 @@ from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
 from cp_plugin.callbacks.monitor import KNNMonitor
 from cp_plugin.callbacks.separable import CraftTue
-from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftPil, CraftTap
+from cp_plugin.callbacks.supervised import (
+    CraftAap,
+    CraftAue,
+    CraftErrorMin,
+    CraftPil,
+    CraftSep,
+    CraftTap,
+)
 
 inject = injection.inject
 """Bound last: importing the module of this name would put the module in its place."""
@@ -18,6 +25,7 @@ __all__ = [
     "CraftErrorMin",
     "CraftPil",
     "CraftPoison",
+    "CraftSep",
     "CraftTap",
     "CraftTue",
     "Defence",

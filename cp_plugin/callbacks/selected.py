@@ -13,13 +13,21 @@ from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews, NoisePoison
 from cp_plugin.callbacks.monitor import Journal, KNNMonitor
 from cp_plugin.callbacks.separable import CraftTue
-from cp_plugin.callbacks.supervised import CraftAap, CraftAue, CraftErrorMin, CraftPil, CraftTap
+from cp_plugin.callbacks.supervised import (
+    CraftAap,
+    CraftAue,
+    CraftErrorMin,
+    CraftPil,
+    CraftSep,
+    CraftTap,
+)
 from cp_plugin.config.baselines import (
     AapConfig,
     AueConfig,
     ErrorMinConfig,
     PilConfig,
     RandomConfig,
+    SepConfig,
     SyntheticConfig,
     TapConfig,
     TueConfig,
@@ -35,6 +43,7 @@ CRAFTERS: dict[type[Any], type[CraftPoison]] = {
     TapConfig: CraftTap,
     AapConfig: CraftAap,
     PilConfig: CraftPil,
+    SepConfig: CraftSep,
     TueConfig: CraftTue,
 }
 

@@ -17,6 +17,7 @@ from cp_plugin.config.baselines import (
     AueConfig,
     ErrorMinConfig,
     PilConfig,
+    SepConfig,
     TapConfig,
     TrainedSurrogateConfig,
 )
@@ -24,7 +25,12 @@ from cp_plugin.config.settings import AlternationConfig, CacheMode, UserError, g
 from cp_plugin.data import RawDataset, class_names, labels
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.supervised import AdversarialHost, LinearisingHost, SupervisedHost
+from cp_plugin.hosts.supervised import (
+    AdversarialHost,
+    EnsembleHost,
+    LinearisingHost,
+    SupervisedHost,
+)
 
 log = logging.getLogger("cp_plugin")
 
@@ -214,6 +220,64 @@ class CraftAap(CraftTap):
 
     kind = "aap"
     settings_class = AapConfig
+
+
+class CraftSep(CraftTap):
+    """Mislead all checkpoints of one training together: the vulnerability of the training itself.
+
+    Source: Chen et al., "Self-Ensemble Protection: Training Checkpoints Are Good Data Protectors",
+    ICLR 2023; the form with the cross-entropy, without feature alignment and variance reduction.
+    """
+
+    kind = "sep"
+    host_class = EnsembleHost
+    settings_class = SepConfig
+
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+        """Return the surrogate as an ensemble; see `CraftOnTrained`."""
+        host = super().adapted(trainer, pl_module, raw)
+        assert isinstance(host, EnsembleHost)
+        host.shift = max(1, _count_classes(raw.dataset) // 2)
+        host.states = list((self._resumed or {}).get("states", ()))
+        return host
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count model steps, and keep the checkpoints that are due.
+
+        Raises:
+            UserError: the loss of the step is not finite.
+        """
+        before = self.schedule.steps_done
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        assert isinstance(self._chosen, SepConfig)
+        steps, wanted = self.schedule.total_steps, self._chosen.checkpoints
+        done = self.schedule.steps_done
+        if done * wanted // steps > before * wanted // steps:
+            self._keep(pl_module)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the checkpoints so far beside the rest of the state."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if "cp_plugin" in checkpoint:
+            checkpoint["cp_plugin"]["states"] = self._ensemble.states
+
+    def _mislead(self, trainer: Any, pl_module: Any) -> None:
+        if not self._ensemble.states:  # training was stopped before the first was due
+            self._keep(pl_module)
+        super()._mislead(trainer, pl_module)
+
+    def _keep(self, pl_module: Any) -> None:
+        state = {
+            name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()
+        }
+        self._ensemble.states.append(state)
+
+    @property
+    def _ensemble(self) -> EnsembleHost:
+        assert isinstance(self._host, EnsembleHost)
+        return self._host
 
 
 class CraftPil(CraftOnTrained):

@@ -168,6 +168,29 @@ class AapConfig(TapConfig):
 
 
 @dataclass(frozen=True)
+class SepConfig(TapConfig):
+    """Self-ensemble protection (Chen et al., ICLR 2023): `tap` on checkpoints of one training.
+
+    Images are moved towards the class half the number of classes on.
+    """
+
+    pgd_steps: int = 30
+    """T: sign-gradient steps on every image, each on all checkpoints."""
+    checkpoints: int = 30
+    """Checkpoints, evenly spread over the optimiser steps of the surrogate, its last one among
+    them."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        at_least_one("checkpoints", self.checkpoints)
+
+
+@dataclass(frozen=True)
 class TueConfig(CraftConfig):
     """Transferable unlearnable examples (Ren et al., ICLR 2023): deltas of a class lie together.
 

@@ -49,10 +49,12 @@ class AdversarialHost(SupervisedHost):
     """
 
     target_classes: int | None = None
-    """Number of classes, for the cross-entropy with the next class; None: away from the own one."""
+    """Number of classes, for the cross-entropy with another class; None: away from the own one."""
+    shift = 1
+    """How many classes on that other class is; the last ones are followed by the first."""
 
     def show(self, request: LossRequest) -> None:
-        """Show the cross-entropy with the next class, or the own class's with a minus."""
+        """Show the cross-entropy with the other class, or the own class's with a minus."""
 
         def misleads(
             loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False
@@ -71,8 +73,35 @@ class AdversarialHost(SupervisedHost):
                 f"poison.targeted expected batches (views, labels) for {self.method}, got "
                 f"{type(own).__name__}; set poison.targeted=false."
             )
-        following = (own[1] + 1) % self.target_classes
+        following = (own[1] + self.shift) % self.target_classes
         return [own[0], following.where(own[1] >= 0, own[1]), *own[2:]]
+
+
+class EnsembleHost(AdversarialHost):
+    """The checkpoints of one training, which a perturbation is to mislead all together.
+
+    Source: Chen et al., "Self-Ensemble Protection", ICLR 2023, section 3.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Wrap a module; see `LightningHost`."""
+        super().__init__(*arguments, **named)
+        self.states: list[dict[str, Tensor]] = []
+        """What the module's `state_dict` was at each checkpoint."""
+
+    def show(self, request: LossRequest) -> None:
+        """Show the mean of the checkpoints' losses, one after the other.
+
+        The module is left in the last one's state; whoever asks puts it back.
+        """
+
+        def of_one(loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False) -> None:
+            request.on_loss(loss / len(self.states), weight, retain_graph=True)
+
+        for state in self.states:
+            with torch.no_grad():
+                self.module.load_state_dict(state)
+            super().show(request._replace(on_loss=of_one))
 
 
 class LinearisingHost(SupervisedHost):

@@ -21,13 +21,15 @@ from cp_plugin import Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.loop import Schedule
 from cp_plugin.attack.separability import class_separability
-from cp_plugin.callbacks import CraftAap, CraftAue, CraftPil, CraftTue
+from cp_plugin.callbacks import CraftAap, CraftAue, CraftPil, CraftSep, CraftTue
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
+from cp_plugin.data.batch import Batch
 from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.settings import complete
+from cp_plugin.hosts.supervised import EnsembleHost
 from cp_plugin.util.paths import shipped
 from tests.support.small_runs import TWO_COPIES, Pictures, Small, Supervised, fit
 
@@ -274,6 +276,52 @@ def test_tue_on_unlabelled_data(tmp_path: Path) -> None:
         fit(Small(), DataLoader(data, batch_size=COUNT), tmp_path, CraftTue(dir=str(tmp_path)))
 
 
+def slow_sep(module: Any, kept_after: list[int], epochs: int, steps: int) -> Tensor:
+    """Each step against the mean gradient of copies of the network, an image at a time."""
+    data = Pictures(None, COUNT)
+    clean, labels = data.clean(), data.targets
+    copies = []
+    for epoch in range(1, epochs + 1):
+        slow_trained(module, list(clean), labels)
+        if epoch in kept_after:
+            copies.append(copy.deepcopy(module))
+    delta = [torch.zeros(3, 16, 16) for _ in range(COUNT)]
+    for row, label in enumerate(labels):
+        for _ in range(steps):
+            gradient = torch.zeros(3, 16, 16)
+            for one in copies:
+                leaf = delta[row].clone().requires_grad_()
+                loss = slow_cross_entropy(one, (clean[row] + leaf).clamp(0, 1), 1 - label)
+                gradient += torch.autograd.grad(loss, leaf)[0] / len(copies)
+            delta[row] = slow_step(delta[row], gradient, 0.1 * EPS)
+    return torch.stack(delta)
+
+
+def test_sep_misleads_all_checkpoints_of_one_training(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"checkpoints": 3, "pgd_steps": 4, "dtype": "float32"}
+    module = TwoClasses()
+    expected = slow_sep(copy.deepcopy(module), [20, 40, 60], 60, 4)
+    last = slow_sep(copy.deepcopy(module), [60], 60, 4)
+    craft = CraftSep(**settings, dir=str(tmp_path))
+    found = crafted(tmp_path, module, craft, epochs=60)
+    assert agreeing(found, expected) > 0.99
+    assert agreeing(found, last) < 0.99
+    assert Poison.load(tmp_path / "poison.safetensors").info["poison"] == "sep"
+    ends = craft._host.states[-1]  # the surrogate is left as it was trained
+    assert all(torch.equal(value, ends[name]) for name, value in module.state_dict().items())
+
+
+def test_the_target_of_sep_is_half_the_classes_on() -> None:
+    """g(y) = (y + 5) % 10 on CIFAR-10, (y + 50) % 100 on CIFAR-100."""
+    for classes in (10, 100):
+        host = EnsembleHost(Small(), lambda sample, views: (views[0], sample))
+        host.target_classes, host.shift = classes, max(1, classes // 2)
+        labels = torch.arange(classes)
+        batch = Batch(labels, labels, torch.zeros(classes, 3, 16, 16), labels)
+        targets = host._own_batch([torch.zeros(classes, 3, 16, 16)], batch)[1]
+        assert torch.equal(targets, (labels + classes // 2) % classes)
+
+
 class Linear(pl.LightningModule):
     """A classifier without a bias on pixels."""
 
@@ -400,6 +448,7 @@ def test_a_strength_out_of_range() -> None:
         ("supervised", ["+poison=aue", "poison.rounds=1", "poison.pgd_steps=1"]),
         ("supervised", ["+poison=aap", "poison.pgd_steps=2", "max_epochs=1"]),
         ("supervised", ["+poison=pil", "poison.pgd_steps=2"]),
+        ("supervised", ["+poison=sep", "poison.pgd_steps=2", "poison.checkpoints=2"]),
         ("byol", ["+poison=tue", "poison.rounds=1", "poison.pgd_steps=1"]),
     ],
 )

@@ -13,6 +13,7 @@ from cp_plugin.callbacks import (
     CraftErrorMin,
     CraftPil,
     CraftPoison,
+    CraftSep,
     CraftTap,
     CraftTue,
     Defence,
@@ -62,6 +63,7 @@ def test_settings_reach_the_callbacks_as_they_are(tmp_path: Path) -> None:
         ("aap", CraftAap),
         ("tue", CraftTue),
         ("pil", CraftPil),
+        ("sep", CraftSep),
     ],
 )
 def test_a_craft_goes_to_the_runs_folder_unless_it_has_one(
