@@ -149,7 +149,7 @@ def test_the_study_of_the_photographs_has_what_it_is_to_show():
 
 
 def test_the_field_has_every_poison_victim_and_defence_within_one_budget(monkeypatch):
-    monkeypatch.setenv("CIFAR10", "a_folder")
+    monkeypatch.setenv("CIFAR10", ".")
     settings = read("field")
     groups = shipped("configs")
     own = {path.stem for path in (groups / "poison").glob("*.yaml")}
