@@ -275,6 +275,30 @@ def solo_methods() -> str:
     return "\n".join(lines)
 
 
+def host_methods() -> str:
+    """What the conformance suites of the other hosts run over, and what they leave out."""
+    from tests.support.lightly_masked_modules import MASKED
+    from tests.support.lightly_modules import MODULES
+    from tests.support.spt_modules import FORWARDS, METHODS, NOT_TRIED, REFUSED
+
+    kinds = {
+        "Lightly, methods that compare views": MODULES,
+        "Lightly, methods that compare none or hide parts": MASKED,
+        "`stable_pretraining.forward`": FORWARDS,
+        "`stable_pretraining.methods`": METHODS,
+    }
+    lines = ["| modules of | in the suite | number | with a dual branch |", "|---|---|---|---|"]
+    for kind, styles in kinds.items():
+        names = ", ".join(f"`{style.name}`" for style in styles)
+        dual = ", ".join(f"`{style.name}`" for style in styles if style.momentum) or "none"
+        lines.append(f"| {kind} | {names} | {len(styles)} | {dual} |")
+    left_out = [f"`{name}` is refused: {reason}." for name, reason in REFUSED.items()]
+    left_out += [
+        f"`{name}` is not in the suite: it {reason}." for name, reason in NOT_TRIED.items()
+    ]
+    return "\n".join([*lines, "", "Of `stable_pretraining.forward` " + " ".join(left_out)])
+
+
 def _errors(row: dict[str, float]) -> str:
     return f"{row['p99.9']:.2f} / {row['mean']:.2f} / {row['max']:.1f}"
 
@@ -296,7 +320,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "survival": survival,
     "whole": whole,
 }
-LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods}
+LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods, "host-methods": host_methods}
 
 
 def results_of(theme: str) -> list[Result]:

@@ -24,8 +24,10 @@ from cp_plugin.attack.loop import Attack, Rows
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data.batch import Batch
+from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
-from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.modes import hold_still
+from cp_plugin.hosts.stable_pretraining import is_spt
 from tests.support.lightly_modules import CLASSES, Style
 
 BATCH = 6
@@ -39,6 +41,11 @@ def sample_of(style: Style, views: Sequence[Tensor], labels: Tensor) -> Any:
         "views, target, name": (list(views), labels, names),
         "views, target": [list(views), labels],
         "views": list(views),
+        "dictionaries": {"views": [{"image": view, "label": labels} for view in views]},
+        "crops": {
+            f"{'global' if number < 2 else 'local'}_{number}": {"image": view, "label": labels}
+            for number, view in enumerate(views)
+        },
     }
     return shapes[style.batch]
 
@@ -91,14 +98,12 @@ class Conformance:
         torch.manual_seed(0)
         self.style = style
         self.module = style.build(root)
-        if hasattr(self.module, "on_train_start"):
+        if hasattr(self.module, "on_train_start") and not is_spt(self.module):  # needs a trainer
             self.module.on_train_start()
         self.labels = torch.arange(BATCH) % CLASSES
         self.images = torch.rand(BATCH, 3, 8, 8)
         self.direction = torch.randn_like(self.images)
-        self.host = LightningHost(
-            self.module, lambda labels, views: sample_of(style, views, labels)
-        )
+        self.host = adapt(self.module, lambda labels, views: sample_of(style, views, labels))
         self.batch = Batch(
             torch.arange(BATCH), torch.arange(BATCH) + 1, torch.zeros(0), self.labels
         )
@@ -144,7 +149,7 @@ class Conformance:
     def gradient(self, dual: bool = True, recorded: RecordedStops | None = None) -> Tensor:
         """Return the gradient of the loss with respect to delta at zero."""
         with preserve_state(self.module):
-            self.module.eval()
+            hold_still(self.module)
             delta = torch.zeros_like(self.images, requires_grad=True)
             return torch.autograd.grad(self.loss(delta, dual, recorded), delta)[0]
 
@@ -161,7 +166,7 @@ class Conformance:
             if recorded is not None:
                 recorded.rewind()
             with preserve_state(self.module):
-                self.module.eval()
+                hold_still(self.module)
                 dual = recorded is not None  # so that the recorded values come in the same order
                 values.append(float(self.loss(step * self.direction, dual, recorded)))
         return (values[0] - values[1]) / (2 * STEP)
