@@ -55,11 +55,13 @@ def read_by_rows(
     if not path.is_file():
         raise UserError(f"there is no poison file at {path}.")
     try:
-        with safe_open(str(path), framework="pt") as file:
+        # For torch the whole file is mapped to be written, as much as there is memory at most.
+        large = name is not None and path.stat().st_size > BY_ROWS
+        with safe_open(str(path), framework="np" if large else "pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-            rows = _rows_in(path, name) if name in names else None
+            rows = _rows_in(path, name) if large and name in names else None
             found: dict[str, Tensor | RowFile] = {
-                one: rows if one == name and rows is not None else file.get_tensor(one)
+                one: rows if one == name and rows is not None else _tensor(file.get_tensor(one))
                 for one in names
             }
             return found, metadata
@@ -83,6 +85,10 @@ def write_atomically(
             save_file(held, str(partial), dict(metadata))
         else:
             _write_parts(partial, tensors, metadata)
+
+
+def _tensor(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else torch.from_numpy(found)
 
 
 def _write_parts(
