@@ -91,8 +91,8 @@ def weakened(node: Node) -> Node:
     """Return a node at its `strength`, from 0, no augmentation but flips, to 1, as it is written.
 
     The least scale of a crop goes from 1 to `crop_min_scale`; the ranges of colour jitter and the
-    probabilities of jitter and grey are multiplied by the strength (the contrastive augmentations
-    of Wang et al., NeurIPS 2024).
+    probabilities of jitter and grey are multiplied by the strength. After the contrastive
+    augmentations of Wang et al., NeurIPS 2024; the formula was not checked against their paper.
 
     Raises:
         UserError: the strength is not in [0, 1].

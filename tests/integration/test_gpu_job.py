@@ -85,10 +85,10 @@ def test_carried_images_are_written_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "tiny"])
-def test_the_cells_of_the_job_are_a_study(name, monkeypatch):
+def test_the_cells_of_the_job_are_a_study(name, tmp_path, monkeypatch):
     from cp_plugin.apps.study.plan import check, plan
 
-    monkeypatch.setenv("CIFAR10", "/cifar10")
+    monkeypatch.setenv("CIFAR10", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cells = plan(read(str(BENCH / "gpu" / f"{name}.yaml")))
     check(cells)
