@@ -51,8 +51,13 @@ def test_craft_then_victim_on_stock_simclr(stock, solo_data, tmp_path, monkeypat
     assert stock.module("main_pretrain").parse_cfg is parse
 
     loaded = []
-    own = poison_file.read
-    monkeypatch.setattr(poison_file, "read", lambda path: loaded.append(str(path)) or own(path))
+    own = poison_file.read_by_rows
+
+    def counted(path, name):
+        loaded.append(str(path))
+        return own(path, name)
+
+    monkeypatch.setattr(poison_file, "read_by_rows", counted)
     victim = stock.pretrain(
         *(
             "cifar/simclr",
