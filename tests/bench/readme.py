@@ -263,6 +263,38 @@ def survival(results: list[Result]) -> str:
     return "\n".join([*lines, "", told, source(newest)])
 
 
+def store(results: list[Result]) -> str:
+    """Peak memory and sizes of rows in a file, in the newest run."""
+    newest = results[-1]
+    titles = {
+        "craft": "craft",
+        "large_craft": "craft, two snapshots",
+        "large_poison": "poison file written",
+        "large_victim": "poison file opened, 50 rows read",
+    }
+    lines = [
+        "| what | rows | of them visited | bytes that are addressed | on the disk | peak, MB | "
+        "snapshots or poison, s |",
+        "|---" * 7 + "|",
+    ]
+    for row in newest["rows"]:
+        keys = ("write_seconds", "open_and_read_seconds")
+        seconds = row.get("save_seconds") or [row[key] for key in keys if key in row]
+        addressed = row.get("addressed_bytes") or row.get("row_bytes") or row.get("poison_bytes")
+        disk = row.get("on_disk_bytes") or row.get("row_bytes")
+        cells = (
+            titles[row["case"]],
+            f"{row['rows']:,}",
+            f"{row['visited']:,}" if "visited" in row else "-",
+            "-" if addressed is None else f"{addressed:,}",
+            "-" if disk is None else f"{disk:,}",
+            f"{row['peak_megabytes']:,.0f}",
+            ", ".join(f"{one:.1f}" for one in seconds) or "-",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{newest['what']}. {source(newest)}"])
+
+
 def solo_methods() -> str:
     """Every method of solo-learn: what the conformance suite serves, what is refused and why."""
     lines = ["| method | served | momentum branch |", "|---|---|---|"]
@@ -317,6 +349,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "schedules": curves,
     "solo": solo,
     "step": step,
+    "store": store,
     "survival": survival,
     "whole": whole,
 }
