@@ -281,15 +281,14 @@ class Crafting:
         Raises:
             UserError: it ends before the first noise phase.
         """
-        first = self.schedule.clean_steps + (
-            self.schedule.model_steps if self.schedule.noise_steps else 1
-        )
+        noise = bool(self.schedule.noise_steps)
+        first = self.schedule.clean_steps + (self.schedule.model_steps if noise else 1)
         if steps < first:
+            what = "the first noise phase comes" if noise else "delta moves for the first time"
             raise UserError(
-                f"training would end after {steps:.0f} optimiser steps, and delta moves for the "
-                f"first time after {first}, so the perturbation would stay the "
-                "noise that it starts from; train longer (max_epochs, max_steps, "
-                "limit_train_batches) or set poison.model_steps to fewer."
+                f"training would end after {steps:.0f} optimiser steps, and {what} after {first}, "
+                "so the perturbation would stay the noise that it starts from; train longer "
+                "(max_epochs, max_steps, limit_train_batches) or set poison.model_steps to fewer."
             )
 
     def check_loss(self, loss: Tensor) -> None:

@@ -180,7 +180,10 @@ def test_a_plain_loop_and_its_state(steps: dict[str, Any], tmp_path: Path) -> No
         ({"clusters": 17}, r"16 images cannot be put into 17 clusters"),
         ({"clusters": 1}, r"poison.clusters must be 2 or more, got 1"),
         ({"init": "other.safetensors"}, r"cannot take over the rows of other.safetensors"),
-        ({"rounds": 1}, r"training would end after 2 optimiser steps, and delta moves for the "),
+        (
+            {"rounds": 1},
+            r"training would end after 2 optimiser steps, and the first noise phase comes after 4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(craft: Any, settings: dict[str, Any], says: str) -> None:
