@@ -68,8 +68,8 @@ class CraftErrorMin(CraftPoison):
 class CraftAue(CraftErrorMin):
     """Craft error-minimising noise through contrastive augmentations, in whole epochs.
 
-    The augmentations are those of the module's own loader; `configs/poison/aue.yaml` has the
-    paper's.
+    The augmentations are those of the module's own loader; `configs/poison/aue.yaml` has
+    contrastive ones, weakened.
 
     Source: Wang, Zhu, Gao, "Efficient Availability Attacks against Supervised and Contrastive
     Learning Simultaneously", NeurIPS 2024.
@@ -211,8 +211,8 @@ class CraftTap(CraftOnTrained):
 class CraftAap(CraftTap):
     """Mislead a module that was trained under contrastive augmentations, in small steps.
 
-    The augmentations are those of the module's own loader; `configs/poison/aap.yaml` has the
-    paper's.
+    The augmentations are those of the module's own loader; `configs/poison/aap.yaml` has
+    contrastive ones, weakened.
 
     Source: Wang, Zhu, Gao, "Efficient Availability Attacks against Supervised and Contrastive
     Learning Simultaneously", NeurIPS 2024.

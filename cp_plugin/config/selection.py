@@ -156,6 +156,11 @@ class Selection:
         """Whether the run makes a poison by training a surrogate."""
         return isinstance(self.poison, CRAFTED)
 
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether the surrogate of the poison is a supervised one."""
+        return isinstance(self.poison, (ErrorMinConfig, TrainedSurrogateConfig))
+
     def tag(self, settings: Mapping[str, Any]) -> str:
         """Return `<poison>[-<defence>]-<8 hex digits>`: of all settings and the poison file."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -6,12 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cp_plugin.config.baselines import (
-    ErrorMinConfig,
-    SyntheticConfig,
-    TrainedSurrogateConfig,
-    TueConfig,
-)
+from cp_plugin.config.baselines import SyntheticConfig, TueConfig
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import class_names, labels
@@ -40,7 +35,7 @@ def check_method(selection: Selection, cfg: DictConfig) -> None:
             "design, so its poison would be a supervised one; craft on an SSL method (simclr, …) "
             f"and train {method} as a victim (+poison=inject)."
         )
-    if isinstance(poison, (ErrorMinConfig, TrainedSurrogateConfig)) and method != SURROGATE:
+    if selection.needs_classifier and method != SURROGATE:
         raise UserError(
             f"poison={selection.name} is made on a supervised surrogate, got method={method}; use "
             f"--config-name {SURROGATE}, then train any victim with +poison=inject."

@@ -21,12 +21,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import CraftPoison
 from cp_plugin.callbacks.base import Callback
 from cp_plugin.callbacks.selected import selected_callbacks
-from cp_plugin.config.baselines import (
-    ErrorMinConfig,
-    SyntheticConfig,
-    TrainedSurrogateConfig,
-    TueConfig,
-)
+from cp_plugin.config.baselines import SyntheticConfig, TueConfig
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import EPOCH, CraftConfig, InjectConfig, UserError
 from cp_plugin.data.datasets import SIDES
@@ -110,7 +105,7 @@ def _check_pretrain(cfg: DictConfig, selection: Selection) -> None:
     """
     data, poison = cfg.data, selection.poison
     unlabelled = bool(data.get("no_labels", False))
-    if isinstance(poison, (ErrorMinConfig, TrainedSurrogateConfig)):
+    if selection.needs_classifier:
         raise UserError(
             f"poison={selection.name} is made on a supervised surrogate, which solo-learn has not; "
             f"craft it with `cp-plugin pretrain --config-name supervised +poison={selection.name}` "

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.selected import selected_callbacks
-from cp_plugin.config.baselines import ErrorMinConfig, TapConfig
 from cp_plugin.config.selection import GROUPS, Selection
 from cp_plugin.config.settings import InjectConfig, UserError
 from cp_plugin.integrations.job import Job
@@ -74,7 +73,7 @@ def _check(cfg: DictConfig, selection: Selection, folder: Path) -> None:
     Raises:
         UserError: poison or defence do not fit, or there is a poison already.
     """
-    if isinstance(selection.poison, (ErrorMinConfig, TapConfig)):
+    if selection.needs_classifier:
         raise UserError(
             f"poison={selection.name} is made on a supervised surrogate; craft it with "
             f"`cp-plugin pretrain --config-name supervised +poison={selection.name}` and use it "

@@ -91,6 +91,7 @@ def test_craft_then_victim_then_knn(folder, monkeypatch, capsys):
         (("+poison=inject", "poison.path=none"), "no poison file at none"),
         (("+poison=cp", "+poison.epsilon=1"), "did you mean poison.eps?"),
         (("+poison=error_min",), "is made on a supervised surrogate"),
+        (("+poison=pil",), "is made on a supervised surrogate"),
     ],
 )
 def test_a_mistake_is_one_sentence(folder, overrides, says, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
 from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.stable_pretraining import SptHost
 from cp_plugin.mirror import mirror
+from tests.support.spt_modules import conv
 from tests.support.watched import Watched
 
 spt = pytest.importorskip(
@@ -66,21 +67,10 @@ def photos(named: bool = False) -> Any:
     )
 
 
-def backbone() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.BatchNorm2d(8),
-        nn.GELU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.1),
-    )
-
-
 def simclr() -> Any:
     return spt.Module(
         forward=forward.simclr,
-        backbone=backbone(),
+        backbone=conv(),
         projector=nn.Linear(8, 8),
         simclr_loss=spt.losses.NTXEntLoss(temperature=0.5),
         optim={"optimizer": {"type": "SGD", "lr": 0.1}},
@@ -90,7 +80,7 @@ def simclr() -> Any:
 def byol() -> Any:
     return spt.Module(
         forward=forward.byol,
-        backbone=spt.TeacherStudentWrapper(backbone(), base_ema_coefficient=0.9),
+        backbone=spt.TeacherStudentWrapper(conv(), base_ema_coefficient=0.9),
         projector=spt.TeacherStudentWrapper(nn.Linear(8, 8), base_ema_coefficient=0.9),
         predictor=nn.Linear(8, 8),
         byol_loss=spt.losses.BYOLLoss(),
@@ -111,7 +101,7 @@ def _own_folder(tmp_path, monkeypatch):
 def vicreg() -> Any:
     return spt.Module(
         forward=forward.vicreg,
-        backbone=backbone(),
+        backbone=conv(),
         projector=nn.Linear(8, 8),
         vicreg_loss=spt.losses.VICRegLoss(),
         optim={"optimizer": {"type": "SGD", "lr": 0.01}},
@@ -121,7 +111,7 @@ def vicreg() -> Any:
 def barlow_twins() -> Any:
     return spt.Module(
         forward=forward.barlow_twins,
-        backbone=backbone(),
+        backbone=conv(),
         projector=nn.Linear(8, 8),
         barlow_loss=spt.losses.BarlowTwinsLoss(lambd=5e-3),
         optim={"optimizer": {"type": "SGD", "lr": 0.01}},
@@ -241,7 +231,7 @@ def named_views() -> Any:
         first, second = (self.backbone(batch[name]["image"]) for name in ("first", "second"))
         return {"loss": -(first * second).mean()}
 
-    return spt.Module(forward=named, backbone=backbone(), optim={"optimizer": {"type": "SGD"}})
+    return spt.Module(forward=named, backbone=conv(), optim={"optimizer": {"type": "SGD"}})
 
 
 @pytest.mark.parametrize("method", [simclr, byol, vicreg, barlow_twins])
