@@ -45,7 +45,7 @@ class Resumption:
         used = 0 if used >= self._trainer.num_training_batches else used
         return {
             "random": RandomState([self._trainer.strategy.root_device]).plain(),
-            "generators": self._order.generators(),
+            **self._order.sources(),
             "used": used,
             "order": self._order.state(used),
             "noise": None if self._noise is None else self._noise.state(),
@@ -86,4 +86,4 @@ class Resumption:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         RandomState.of(saved["random"]).restore()
-        self._order.restore_generators(saved["generators"])
+        self._order.restore_sources(saved)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,6 +15,8 @@ from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.util.internals import LoaderIterator, forget_iterators
 from cp_plugin.util.random_state import RandomState, generator_state
+
+PLAIN = (bool, int, float, str, NoneType)
 
 
 def moved(batch: Batch, device: Any) -> Batch:
@@ -84,6 +87,8 @@ class LoaderStart:
         self._own = [
             put_back for held in samplers_and_parts(loader) if (put_back := generator_state(held))
         ]
+        self._counters = Counters(samplers(loader))
+        self._counts = self._counters.now()
 
     def replay(self, make: Callable[[], None]) -> None:
         """Call what makes the iterator, from the state of the first; the global state stays."""
@@ -91,19 +96,50 @@ class LoaderStart:
         self._random.restore()
         for put_back in self._own:
             put_back()
+        self._counters.restore(self._counts)
         try:
             make()
         finally:
             now.restore()
 
 
+def samplers(loader: Any) -> Iterator[Any]:
+    """Yield the samplers of a loader, and those that they draw from."""
+    for name in ("sampler", "batch_sampler"):
+        held = getattr(loader, "__dict__", {}).get(name)
+        if held is not None:
+            yield held
+            yield from samplers(held)
+
+
 def samplers_and_parts(loader: Any) -> Iterator[Any]:
     """Yield what a loader and its samplers hold, the samplers among it."""
-    names = ("sampler", "batch_sampler")
-    for name, value in getattr(loader, "__dict__", {}).items():
-        yield value
-        if name in names:
-            yield from samplers_and_parts(value)
+    yield from getattr(loader, "__dict__", {}).values()
+    for sampler in samplers(loader):
+        yield from getattr(sampler, "__dict__", {}).values()
+
+
+class Counters:
+    """Plain values of samplers: one that counts its iterations draws each order from the count.
+
+    A sampler with `set_epoch` is told its epoch and is left out.
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        own = {id(one): one for one in owners if hasattr(one, "__dict__")}
+        self._owners = [one for one in own.values() if not hasattr(one, "set_epoch")]
+
+    def now(self) -> list[dict[str, Any]]:
+        """Return the values of each sampler by name: numbers, text and None."""
+        return [
+            {name: value for name, value in vars(one).items() if type(value) in PLAIN}
+            for one in self._owners
+        ]
+
+    def restore(self, values: Iterable[Mapping[str, Any]]) -> None:
+        """Put the values back that `now` returned."""
+        for one, held in zip(self._owners, values, strict=False):
+            vars(one).update(held)
 
 
 def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:

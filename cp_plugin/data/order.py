@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cp_plugin.data.loading import renew_iterators, samplers_and_parts
+from cp_plugin.data.loading import Counters, renew_iterators, samplers, samplers_and_parts
 from cp_plugin.util.random_state import RandomState, generator_state
 
 log = logging.getLogger("cp_plugin")
@@ -38,6 +37,8 @@ class Order:
         parts += [] if self.inner is own else samplers_and_parts(self.inner)
         kinds = {id(part): part for part in parts if generator_state(part) is not None}
         self._generators: list[Any] = list(kinds.values())
+        # The loader's own are replaced by this object, which its own sampler's are behind.
+        self._counters = Counters([*samplers(loader), self.inner, *samplers(self.inner)])
         epochs = {id(part): part for part in parts if callable(getattr(part, "set_epoch", None))}
         self._with_epochs: list[Any] = list(epochs.values())
         self._length = len(self.inner) if hasattr(self.inner, "__len__") else 0
@@ -80,26 +81,31 @@ class Order:
         """Go on after the batches that a state had used when it is iterated next."""
         self._resumed = state
 
-    def generators(self) -> list[Tensor | None]:
-        """Return the states of the loader's own generators; None for one that is not torch's."""
-        return [one.get_state() if _is_torch(one) else None for one in self._generators]
+    def sources(self) -> dict[str, Any]:
+        """Return what the loader itself draws orders from; plain values.
 
-    def restore_generators(self, states: Iterable[Tensor | None]) -> None:
-        """Put the loader's own generators where they were."""
-        for one, state in zip(self._generators, states, strict=False):
-            if state is not None:
-                one.set_state(state)
+        `generators`: states of its generators, None for one that is not torch's; `counts`: plain
+        values of its samplers, by name.
+        """
+        states = [one.get_state() if _is_torch(one) else None for one in self._generators]
+        return {"generators": states, "counts": self._counters.now()}
+
+    def restore_sources(self, state: dict[str, Any]) -> None:
+        """Put back what `sources` returned, which a larger state may hold."""
+        for one, own in zip(self._generators, state["generators"], strict=False):
+            if own is not None:
+                one.set_state(own)
+        self._counters.restore(state.get("counts", []))  # older checkpoints have none
 
     def _now(self) -> dict[str, Any]:
         epochs = [getattr(one, "epoch", None) for one in self._with_epochs]
-        random = RandomState().plain()
-        return {"random": random, "generators": self.generators(), "epochs": epochs}
+        return {"random": RandomState().plain(), "epochs": epochs, **self.sources()}
 
     def _replayed(self, state: dict[str, Any]) -> Iterator[Any] | None:
         """Return what is left of an epoch, None where it cannot be drawn as it was."""
-        now, own, epochs = RandomState(), self.generators(), self._now()["epochs"]
+        now, own = RandomState(), self._now()
         RandomState.of(state["random"]).restore()
-        self.restore_generators(state["generators"])
+        self.restore_sources(state)
         self._set_epochs(state["epochs"])
         try:
             sums: list[int] = []
@@ -107,16 +113,16 @@ class Order:
             for rows in itertools.islice(left, state["used"]):
                 sums.append(_sum(rows, sums))
             if sums and sums[-1] == state["sum"]:
-                kept = ("random", "generators", "epochs")
-                self._begun, self._sums = {key: state[key] for key in kept}, sums
+                self._begun, self._sums = {key: state[key] for key in own if key in state}, sums
                 return left
         finally:
             now.restore()
-            self.restore_generators(own)
-            self._set_epochs(epochs)
+            self.restore_sources(own)
+            self._set_epochs(own["epochs"])
         log.warning(
             "the order of the images in the interrupted epoch cannot be drawn again, since %s "
-            "depends on more than generators of torch: its batches are drawn anew",
+            "depends on more than generators of torch and plain values of samplers: its batches "
+            "are drawn anew",
             type(self.inner).__name__,
         )
         return None
@@ -158,13 +164,13 @@ class Endless:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a state was; draws nothing from the global generators."""
-        random, own = RandomState(), self._order.generators()
+        random, own = RandomState(), self._order.sources()
         self._order.restore(state)
         self._begin()
         self._used = state["used"]
         assert self._iterator is not None
         random.restore()
-        self._order.restore_generators(own)
+        self._order.restore_sources(own)
 
     def _begin(self) -> None:
         if self._iterator is None:

@@ -52,8 +52,8 @@ class Saving(pl.Callback):
         trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
 
 
-class FromAList(Sampler[int]):
-    """An order that no generator tells, as a sampler of one's own may have it."""
+class Counting(Sampler[int]):
+    """An order that comes of a count of iterations, as a sampler of one's own may have it."""
 
     def __init__(self, count: int) -> None:
         self.count, self.turn = count, 0
@@ -64,6 +64,19 @@ class FromAList(Sampler[int]):
     def __iter__(self) -> Any:
         self.turn += 1
         return iter([(self.turn * 5 + row * 3) % self.count for row in range(self.count)])
+
+
+class FromAList(Counting):
+    """An order that no plain value tells."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.turns: list[int] = []
+
+    def __iter__(self) -> Any:
+        self.turns.append(self.turn)
+        self.turn = len(self.turns)
+        return super().__iter__()
 
 
 def shuffled(workers: int = 0) -> DataLoader[Any]:
@@ -79,6 +92,10 @@ def own_generator() -> DataLoader[Any]:
 def with_replacement() -> DataLoader[Any]:
     data = Pictures(TWO_CROPS)
     return DataLoader(data, 4, sampler=RandomSampler(data, replacement=True))
+
+
+def counting() -> DataLoader[Any]:
+    return DataLoader(Pictures(TWO_CROPS), 4, sampler=Counting(16))
 
 
 @pytest.fixture
@@ -111,7 +128,7 @@ def equal(one: Poison, other: Poison) -> bool:
     return torch.equal(one.perturbation.stored[order], other.perturbation.stored)
 
 
-@pytest.mark.parametrize("loader", [shuffled, own_generator, with_replacement])
+@pytest.mark.parametrize("loader", [shuffled, own_generator, with_replacement, counting])
 def test_a_craft_resumed_in_the_midst_of_an_epoch_is_the_one_never_stopped(craft, loader):
     whole = craft(loader())
     # Step 3 ends a model phase, and 4 and 8 an epoch.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from cp_plugin import InjectPoison, KNNMonitor, Poison
 from cp_plugin.attack.perturbation import Perturbation
@@ -53,12 +53,36 @@ class OwnOrder(Sampler[int]):
         return iter(self.generator.permutation(self.count).tolist())
 
 
+class Counting(Sampler[int]):
+    """A sampler that counts its iterations and draws each order from the count."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.iterations = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        self.iterations += 1
+        generator = torch.Generator().manual_seed(self.iterations)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
 def loader(form: str) -> DataLoader[Any]:
     data = Drawn(TWO_CROPS)
     if form == "its own generator":
         return DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(1))
     if form == "own order":
         return DataLoader(data, 4, sampler=OwnOrder(len(data)))
+    if form == "counting":
+        return DataLoader(data, 4, sampler=Counting(len(data)))
+    if form == "counting, workers":
+        return DataLoader(
+            data,
+            sampler=None,
+            batch_sampler=BatchSampler(Counting(len(data)), 4, False),
+            num_workers=2,
+        )
     if form == "own order, workers":
         return DataLoader(data, 4, sampler=OwnOrder(len(data)), num_workers=2)
     if form == "workers":
@@ -70,7 +94,7 @@ def loader(form: str) -> DataLoader[Any]:
 
 FORMS = (
     *("plain", "its own generator", "own order", "own order, workers", "workers"),
-    "persistent workers",
+    *("persistent workers", "counting", "counting, workers"),
 )
 
 
