@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
+from cp_plugin.attack.carried import many_carry, share_carried
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import (
+    Canonical,
     PreTransformDataset,
     PreTransformStream,
     RawDataset,
@@ -26,6 +29,8 @@ from cp_plugin.data.labels import distinct
 
 CHECKED = 1000
 """Images looked up before training, all over the data set; the rest are when they are loaded."""
+LOOKED_AT = 256
+"""Images of those whose pixels are compared with delta, where no key tells whether they have it."""
 EXPECTED = 100
 """Of a poison for a part of the images, so many are looked up that this many should carry it."""
 IMPROBABLE = 1e-3
@@ -153,7 +158,8 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
         fraction: part of the poisoned images that stays so, in (0, 1].
 
     Raises:
-        UserError: the poison belongs to other images (the first missing ones are named) or classes.
+        UserError: the poison belongs to other images (the first missing ones are named) or classes,
+            or the images carry it already.
     """
     check_unpoisoned(dataset)
     if streams(dataset):
@@ -162,9 +168,11 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
     poison.check_classes(classes)
     if poison.owned_keys is not None:
         _check_images(dataset, poison)
+    else:
+        _check_pixels(dataset, poison, classes)
     if fraction == 1:
         return poison
-    keys = torch.tensor(_keys(dataset, poison, range(len(dataset))))
+    keys = torch.tensor([key for _, key in _images(dataset, poison, range(len(dataset)))])
     return poison.part(fraction, keys, labels(dataset), classes)
 
 
@@ -226,7 +234,7 @@ def _check_images(dataset: Any, poison: Poison) -> None:
         rows = rows[known >= 0]  # the others carry none by design
     count = min(len(rows), max(CHECKED, math.ceil(EXPECTED / poison.fraction)))
     looked_up = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
-    keys = torch.tensor(_keys(dataset, poison, looked_up.tolist()))
+    keys = torch.tensor([key for _, key in _images(dataset, poison, looked_up.tolist())])
     carry = torch.isin(keys, poison.owned_keys)
     if poison.fraction < 1:
         images, found = len(torch.unique(keys)), len(torch.unique(keys[carry]))
@@ -246,6 +254,31 @@ def _check_images(dataset: Any, poison: Poison) -> None:
         raise UserError(
             f"the poison has no row for {len(missing)} of {count} images looked up "
             f"({names}{', …' if len(missing) > 3 else ''}); use the data set it was made for."
+        )
+
+
+def _check_pixels(dataset: Any, poison: Poison, classes: tuple[str, ...] | None) -> None:
+    """Check that images of a poison of classes do not carry it yet, as exported ones do."""
+    known = labels(dataset)
+    assert known is not None
+    rows = torch.arange(len(dataset))[known >= 0]
+    if not len(rows):
+        return
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).round().long()]
+    names = [classes[label] if classes else None for label in known[rows].tolist()]
+    own = poison.rows(classes=names)
+    shares: list[Tensor] = []
+    for (image, _), row in zip(_images(dataset, poison, rows.tolist()), own, strict=True):
+        two = torch.stack([row, (row + 1) % len(poison.perturbation)])
+        shares.append(share_carried(image[None], poison.perturbation.gather(two)))
+    own_N, other_N = torch.stack(shares).unbind(1)
+    alone = len(poison.perturbation) == 1
+    if many_carry(own_N, torch.zeros_like(own_N) if alone else other_N):
+        raise UserError(
+            f"the images of {type(dataset).__name__} carry this poison already, as by "
+            f"cp-plugin export: of {len(rows)} looked at, the mean has {own_N.mean():.2f} of delta "
+            "in its pixels. A second one on top would exceed the budget; give the clean images, or "
+            "train on these as they are, without a poison group."
         )
 
 
@@ -286,18 +319,22 @@ def _at_most(found: int, count: int, p: float) -> float:
     return math.fsum(map(math.exp, logs))
 
 
-def _keys(dataset: Any, poison: Poison, rows: Sequence[int]) -> list[int]:
-    """Return the keys of the images in some rows, also of a data set without a transform."""
-    if wrappers.transforms_of(dataset):
+def _images(dataset: Any, poison: Poison, rows: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """Yield the canonical image and the key of some rows, also without a transform."""
+    apart = isinstance(dataset, ConcatDataset)  # its parts may have transforms of their own
+    if wrappers.transforms_of(dataset) and not apart:
         raw = RawDataset(dataset, poison.size, poison.fit)
-        return [raw[row].key for row in rows]
-    keys: list[int] = []
+        for row in rows:
+            item = raw[row]
+            yield item.image, item.key
+        return
+    seen: list[tuple[Tensor, int]] = []
 
     def note(image_CHW: Tensor, key: int, label: int) -> Tensor:
-        keys.append(key)
+        seen.append((Canonical(poison.size, poison.fit)(image_CHW), key))
         return image_CHW
 
     plain = PreTransformDataset(dataset, note, poison.size, fit=poison.fit)
     for row in rows:
         plain[row]
-    return keys
+        yield seen.pop()

@@ -313,6 +313,16 @@ def test_pictures_taken_later_get_the_perturbation_of_their_cluster(
     assert (tmp_path / "out" / "known.png").read_bytes() == before.read_bytes()
 
 
+def test_pictures_that_were_protected_are_not_protected_again(
+    by_cluster: Path, tmp_path: Path
+) -> None:
+    poison_file = by_cluster.with_name("clustered-poison") / "poison.safetensors"
+    with pytest.raises(UserError, match="carries a perturbation of this poison already"):
+        protect([by_cluster], tmp_path / "out", QUICK, poison_file)
+    # Delta has no detail left in flat pictures and in those of a few pixels.
+    assert len(list((tmp_path / "out").rglob("*.png"))) <= 4
+
+
 def test_what_is_there_already_needs_nothing_that_trains(
     folder: Path, by_cluster: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from cp_plugin.apps.protect.looks import (
 )
 from cp_plugin.apps.protect.plan import Settings
 from cp_plugin.apps.protect.sources import Source, names_in_out
+from cp_plugin.attack.carried import carries
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
@@ -45,6 +47,10 @@ log = logging.getLogger("cp_plugin")
 
 NO_ROW = (
     "the poison has no perturbation for it: it was made with --clusters 0, for its own pictures"
+)
+CARRIED = (
+    "it carries a perturbation of this poison already, and a second one on top would exceed its "
+    "budget; give the original picture"
 )
 NAMED = 20
 """Files that an error names."""
@@ -132,6 +138,8 @@ class Writing:
         self._out, self._work, self._poison, self._format = out, work, poison, file_format
         self._canonical = Canonical(poison.size, poison.fit)
         self._placement = Placement.of(poison)
+        if self._placement is not None:
+            self._deltas = poison.perturbation.gather(torch.arange(len(poison.perturbation)))
         self.written = 0
         self.unprotected: dict[Path, str] = {}
         """Files that are not in OUT, and why."""
@@ -198,6 +206,8 @@ class Writing:
         if self._placement is None:
             rows = self._poison.rows(keys=[image_key(canonical)])
         else:
+            if carries(canonical[None], self._deltas):
+                raise CannotProtect(CARRIED)
             number = int(self._placement.clusters(canonical[None])[0])
             rows = self._poison.rows(classes=[cluster_name(number)])
         if int(rows[0]) < 0:
