@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
-from cp_plugin.attack.carried import many_carry, share_carried
+from cp_plugin.attack.own_images import (
+    EXPECTED,
+    canonical_images,
+    check_images,
+    check_not_carried,
+    of_others,
+)
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import (
-    Canonical,
     PreTransformDataset,
     PreTransformStream,
-    RawDataset,
     SampleError,
     changes_in,
     labels,
     names_or_numbers,
     streams,
-    wrappers,
 )
 from cp_plugin.data.labels import distinct
-
-CHECKED = 1000
-"""Images looked up before training, all over the data set; the rest are when they are loaded."""
-LOOKED_AT = 256
-"""Images of those whose pixels are compared with delta, where no key tells whether they have it."""
-EXPECTED = 100
-"""Of a poison for a part of the images, so many are looked up that this many should carry it."""
-IMPROBABLE = 1e-3
-"""A share of poisoned images that chance would bring more rarely is that of other images."""
 
 
 class AddPoison:
@@ -119,7 +111,7 @@ class AddToStream(AddPoison):
             self._seen += len(keys)
             self._carried = bool((self._rows(keys, labels) >= 0).any())
             if not self._carried and self._seen >= EXPECTED / self.poison.fraction:
-                raise SampleError(_of_others(self.poison, self._seen, 0))
+                raise SampleError(of_others(self.poison, self._seen, 0))
         return super().many(images_BCHW, keys, labels)
 
 
@@ -167,12 +159,12 @@ def part(dataset: Any, poison: Poison, fraction: float) -> Poison:
     classes = _classes(dataset, poison)
     poison.check_classes(classes)
     if poison.owned_keys is not None:
-        _check_images(dataset, poison)
+        check_images(dataset, poison)
     else:
-        _check_pixels(dataset, poison, classes)
+        check_not_carried(dataset, poison, classes)
     if fraction == 1:
         return poison
-    keys = torch.tensor([key for _, key in _images(dataset, poison, range(len(dataset)))])
+    keys = torch.tensor([key for _, key in canonical_images(dataset, poison, range(len(dataset)))])
     return poison.part(fraction, keys, labels(dataset), classes)
 
 
@@ -223,118 +215,3 @@ def check_unpoisoned(dataset: Any) -> None:
                 f"the images of {type(dataset).__name__} carry a {add.poison.granularity} poison "
                 "already, and a second one on top would exceed its budget; give the clean data set."
             )
-
-
-def _check_images(dataset: Any, poison: Poison) -> None:
-    """Look up images all over the data set: as many must carry the poison as its file says."""
-    assert poison.owned_keys is not None
-    known = labels(dataset) if poison.needs_labels or poison.fraction < 1 else None
-    rows = torch.arange(len(dataset))
-    if poison.needs_labels and known is not None:
-        rows = rows[known >= 0]  # the others carry none by design
-    count = min(len(rows), max(CHECKED, math.ceil(EXPECTED / poison.fraction)))
-    looked_up = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
-    keys = torch.tensor([key for _, key in _images(dataset, poison, looked_up.tolist())])
-    carry = torch.isin(keys, poison.owned_keys)
-    if poison.fraction < 1:
-        images, found = len(torch.unique(keys)), len(torch.unique(keys[carry]))
-        if count == len(rows) and images == poison.images:
-            fits = found == len(poison.owned_keys)
-        else:
-            kinds = torch.zeros(len(rows)) if known is None else known[rows]
-            fits = found > 0 and _is_probable(poison, images, found, kinds)
-        if not fits:
-            raise UserError(_of_others(poison, images, found))
-        return
-    missing = looked_up[~carry].tolist()
-    if missing:
-        names = ", ".join(
-            wrappers.file_of(dataset, image) or f"row {image}" for image in missing[:3]
-        )
-        raise UserError(
-            f"the poison has no row for {len(missing)} of {count} images looked up "
-            f"({names}{', …' if len(missing) > 3 else ''}); use the data set it was made for."
-        )
-
-
-def _check_pixels(dataset: Any, poison: Poison, classes: tuple[str, ...] | None) -> None:
-    """Check that images of a poison of classes do not carry it yet, as exported ones do."""
-    known = labels(dataset)
-    assert known is not None
-    rows = torch.arange(len(dataset))[known >= 0]
-    if not len(rows):
-        return
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).round().long()]
-    names = [classes[label] if classes else None for label in known[rows].tolist()]
-    own = poison.rows(classes=names)
-    shares: list[Tensor] = []
-    for (image, _), row in zip(_images(dataset, poison, rows.tolist()), own, strict=True):
-        two = torch.stack([row, (row + 1) % len(poison.perturbation)])
-        shares.append(share_carried(image[None], poison.perturbation.gather(two)))
-    own_N, other_N = torch.stack(shares).unbind(1)
-    alone = len(poison.perturbation) == 1
-    if many_carry(own_N, torch.zeros_like(own_N) if alone else other_N):
-        raise UserError(
-            f"the images of {type(dataset).__name__} carry this poison already, as by "
-            f"cp-plugin export: of {len(rows)} looked at, the mean has {own_N.mean():.2f} of delta "
-            "in its pixels. A second one on top would exceed the budget; give the clean images, or "
-            "train on these as they are, without a poison group."
-        )
-
-
-def _of_others(poison: Poison, images: int, found: int) -> str:
-    return (
-        f"the poison is for {100 * poison.fraction:.3g} % of the images that it was made for, and "
-        f"of {images} different images looked up here it has {found} "
-        f"({100 * found / images:.3g} %), so these are other images or were changed since, as by "
-        "another decoder or resize; use the data set that it was made for."
-    )
-
-
-def _is_probable(poison: Poison, images: int, found: int, labels_N: Tensor) -> bool:
-    """Tell whether a share of poisoned images may be that of a part of the poison's own."""
-    shares = [poison.fraction]
-    if poison.images is None:
-        # An older file tells its fraction before it was rounded to whole images of each class.
-        sizes = torch.unique(labels_N, return_counts=True)[1].tolist()
-        whole = sum(max(1, round(poison.fraction * size)) for size in sizes)
-        shares.append(whole / len(labels_N))
-    few = _at_most(found, images, min(shares))
-    many = _at_most(images - found, images, 1 - max(shares))
-    return min(few, many) >= IMPROBABLE
-
-
-def _at_most(found: int, count: int, p: float) -> float:
-    """Return the probability that at most `found` of `count` are hit, each with probability p."""
-    if p <= 0 or found >= count:
-        return 1.0
-    logs = [
-        math.lgamma(count + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(count - k + 1)
-        + k * math.log(p)
-        + (count - k) * math.log1p(-p)
-        for k in range(found + 1)
-    ]
-    return math.fsum(map(math.exp, logs))
-
-
-def _images(dataset: Any, poison: Poison, rows: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-    """Yield the canonical image and the key of some rows, also without a transform."""
-    apart = isinstance(dataset, ConcatDataset)  # its parts may have transforms of their own
-    if wrappers.transforms_of(dataset) and not apart:
-        raw = RawDataset(dataset, poison.size, poison.fit)
-        for row in rows:
-            item = raw[row]
-            yield item.image, item.key
-        return
-    seen: list[tuple[Tensor, int]] = []
-
-    def note(image_CHW: Tensor, key: int, label: int) -> Tensor:
-        seen.append((Canonical(poison.size, poison.fit)(image_CHW), key))
-        return image_CHW
-
-    plain = PreTransformDataset(dataset, note, poison.size, fit=poison.fit)
-    for row in rows:
-        plain[row]
-        yield seen.pop()

@@ -1,5 +1,6 @@
 """The control's curve: a clean run's checkpoints on the poisoned bank of another run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from cp_plugin.apps.evaluate_run import control_curve, evaluate, poison_of, sets
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.config.settings import UserError
 from cp_plugin.engine.run import run
+from tests.support.applications import Ran
 
 KEEP = "+checkpoint.keep_prev=true"
 pytestmark = [
@@ -122,3 +124,28 @@ def test_a_runs_own_classifier_keeps_its_numbers(tmp_path, image_folder):
         (row,) = evaluate(run_folder, probe="none", data=one, test=one)
         shown.append(row["classifier"])
     assert sum(shown) / len(shown) == pytest.approx(whole["classifier"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_test_folder_may_lack_a_class(
+    image_folder: Callable[..., Path], call: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """The classes after it have other numbers there; the accuracy is the same."""
+    train = image_folder("train", classes=4, per_class=8)
+    test = image_folder("test", classes=4, per_class=8)
+    first = sorted(test.iterdir())[0]
+    for file in first.iterdir():
+        file.unlink()
+    first.rmdir()
+    ran = call(
+        *("pretrain", "--config-name", "simclr", "data.dataset=custom", "+monitor=knn"),
+        *(f"data.train_path={train}", f"data.val_path={test}", "data.num_workers=0"),
+        *("max_epochs=1", "optimizer.batch_size=8", "backbone.kwargs.channels=[8,8,8,8]"),
+        *("checkpoint.dir=runs", "monitor.k=1"),
+    )
+    assert ran.code == 0, ran.err
+    (folder,) = [path.parent for path in (tmp_path / "runs").rglob("result.json")]
+    (row,) = evaluate(folder, k=1)
+    # The test images are training images too, so the nearest neighbour of each is itself.
+    assert row["knn"]["accuracy"] == 100
+    assert row["linear"]["last"] > 0

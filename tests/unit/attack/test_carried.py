@@ -21,7 +21,7 @@ EPS = 8 / 255
 
 
 def photos(transform=None):
-    return Photos(train=True, patches=20, transform=transform or PILToTensor())
+    return Photos(train=True, patches=8, transform=transform or PILToTensor())
 
 
 def class_noise(names, side=32):

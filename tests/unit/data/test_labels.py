@@ -13,13 +13,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from cp_plugin import Poison
-from cp_plugin.apps.evaluate_run import evaluate
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos, class_names, labels, names_or_numbers
 from cp_plugin.data.labels import distinct, renumbered
 from cp_plugin.loop import poisoned
-from tests.support.applications import Ran
 
 MakeFolder = Callable[..., Path]
 TENSOR = transforms.PILToTensor()
@@ -178,28 +176,3 @@ def test_subsets_are_still_read_from_lists(image_folder: MakeFolder) -> None:
     found = labels(Subset(dataset, [11, 0, 5]))
     assert found is not None
     assert found.tolist() == [2, 0, 1]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_test_folder_may_lack_a_class(
-    image_folder: MakeFolder, call: Callable[..., Ran], tmp_path: Path
-) -> None:
-    """The classes after it have other numbers there; the accuracy is the same."""
-    train = image_folder("train", classes=4, per_class=8)
-    test = image_folder("test", classes=4, per_class=8)
-    first = sorted(test.iterdir())[0]
-    for file in first.iterdir():
-        file.unlink()
-    first.rmdir()
-    ran = call(
-        *("pretrain", "--config-name", "simclr", "data.dataset=custom", "+monitor=knn"),
-        *(f"data.train_path={train}", f"data.val_path={test}", "data.num_workers=0"),
-        *("max_epochs=1", "optimizer.batch_size=8", "backbone.kwargs.channels=[8,8,8,8]"),
-        *("checkpoint.dir=runs", "monitor.k=1"),
-    )
-    assert ran.code == 0, ran.err
-    (folder,) = [path.parent for path in (tmp_path / "runs").rglob("result.json")]
-    (row,) = evaluate(folder, k=1)
-    # The test images are training images too, so the nearest neighbour of each is itself.
-    assert row["knn"]["accuracy"] == 100
-    assert row["linear"]["last"] > 0

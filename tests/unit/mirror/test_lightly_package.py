@@ -189,10 +189,10 @@ def test_changes_of_the_spectrum(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_gradients_through_the_spectrum(name: str) -> None:
     """Declared exact; finite differences agree."""
     change = v1.RandomApply([SPECTRAL[name]], p=0.7)
-    twin = mirror(v1.Compose([TO_TENSOR, RFFT2DTransform(), change, IRFFT2DTransform((9, 8))]))
+    twin = mirror(v1.Compose([TO_TENSOR, RFFT2DTransform(), change, IRFFT2DTransform((6, 5))]))
     assert {part.gradient for view in twin.pipelines for part in view.walk()} == {"exact"}
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(3, 3, 9, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    x = torch.rand(2, 3, 6, 5, generator=generator, dtype=torch.float64).requires_grad_()
     params = twin.sample(x, torch.Generator().manual_seed(5))
     assert not torch.allclose(twin.apply(x, params)[0], x, atol=1e-3)
     assert torch.autograd.gradcheck(lambda pixels: twin.apply(pixels, params)[0], (x,), atol=1e-6)
