@@ -24,11 +24,14 @@ from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile
 from cp_plugin.attack.start import taken_up
+from cp_plugin.attack.stream_rows import NewRows
+from cp_plugin.attack.stream_start import taken_up_on_stream
 from cp_plugin.config.settings import CacheMode, CraftConfig, UserError, build, cache_mode
 from cp_plugin.data import PreTransformDataset, PreTransformStream
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import (
     batch_size_of,
+    batches_of,
     check_batched,
     moved,
     raw_loader,
@@ -146,7 +149,7 @@ class PoisonLoop:
         seed = run_seed() if config.seed is None else config.seed
         folder = Path(config.dir or ".")
         self._crafting = Crafting(self._host, view_mirror, self._raw, config, seed, folder)
-        self._crafting.plan(len(dataloader))
+        self._crafting.plan(batches_of(dataloader))
         self._crafting.announce(batch_size_of(dataloader))
         self._folder = folder
         self._momentum_known = False
@@ -276,18 +279,24 @@ class PoisonLoop:
         # States of earlier versions do not tell which rows have moved.
         theirs.setdefault("moved", torch.ones_like(attack.perturbation.moved))
         grouped = theirs.keys() - mine if "clusters" in theirs else set()
-        if mine | grouped != theirs.keys() or home.shape != theirs["delta"].shape:
+        if not isinstance(attack.rows, NewRows) and (
+            mine | grouped != theirs.keys() or home.shape != theirs["delta"].shape
+        ):
             raise UserError(
                 f"the state holds delta of shape {tuple(theirs['delta'].shape)}, this loop needs "
                 f"{tuple(home.shape)}; use the same data set and settings."
             )
-        attack.perturbation = taken_up(theirs, self._crafting.config, self._folder)
+        attack.perturbation = (
+            taken_up_on_stream(theirs, attack.rows, self._crafting.config, self._folder)
+            if isinstance(attack.rows, NewRows)
+            else taken_up(theirs, self._crafting.config, self._folder)
+        )
         if isinstance(home, Tensor):
             attack.perturbation.move(home.device)
         else:
             home.remove()
         keys = theirs.get("keys")
-        if isinstance(keys, Tensor):
+        if isinstance(keys, Tensor) and not isinstance(attack.rows, NewRows):
             attack.rows.restore(keys)
         self._crafting.regroup(theirs, state.get("facts", {}))
         self._crafting.schedule.steps_done = int(state["steps_done"])

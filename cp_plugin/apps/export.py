@@ -32,7 +32,7 @@ from cp_plugin.data.image import Size
 from cp_plugin.data.picture_files import distinct_names, inside, tell_left_out
 from cp_plugin.data.picture_pixels import ORIENTATION, CannotProtect, ending, read, write
 from cp_plugin.data.picture_pixels import add as change
-from cp_plugin.data.raw import UNREADABLE
+from cp_plugin.data.raw_images import UNREADABLE
 from cp_plugin.data.wrappers import file_of
 from cp_plugin.util.provenance import versions
 from cp_plugin.util.run_files import CONFIG_FILE

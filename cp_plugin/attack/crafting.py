@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import ATTACHED, MEMBERS, Poison
 from cp_plugin.attack.start import start
+from cp_plugin.attack.stream_rows import ClassRows
+from cp_plugin.attack.stream_start import raw_at_size, start_on_stream
 from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
-from cp_plugin.data import RawDataset, labels, names_or_numbers
+from cp_plugin.data import RawDataset, RawStream, labels, names_or_numbers, streams
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.canonical import aspects, canonical_size
 from cp_plugin.data.labels import cluster_name
@@ -42,24 +45,29 @@ DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
 
 
-def raw_and_mirror(dataset: Any, config: AlternationConfig) -> tuple[RawDataset, Mirror]:
+def raw_and_mirror(
+    dataset: Any, config: AlternationConfig
+) -> tuple[RawDataset | RawStream, Mirror]:
     """Take the transform off a data set and return what it leaves, and the transform's mirror.
 
     A transform of one view that the data set calls for each of its views is mirrored as often.
 
     Args:
-        dataset: a map-style data set of images.
-        config: `image_size` and `fit` are read from it, see `canonical_size`.
+        dataset: a data set or stream of images.
+        config: `image_size` and `fit` are read from it, see `canonical_size`; of a stream what
+            `raw_at_size` says too.
 
     Raises:
-        UserError: the data set streams, or its transform has no mirror.
+        UserError: the transform has no mirror, or a stream does not tell what the settings need.
     """
-    own = RawDataset(dataset, None)
+    own = RawStream(dataset, None) if streams(dataset) else RawDataset(dataset, None)
     view_mirror = mirror(own.transform)
     if view_mirror.views == 1 and own.places > 1:
         view_mirror = mirror([own.transform] * own.places)
     view_mirror = with_channels(view_mirror, own)
     side = view_mirror.resized_side
+    if isinstance(own, RawStream):
+        return raw_at_size(dataset, side, config), view_mirror
     size = canonical_size(dataset, side, config.image_size, config.fit)
     return RawDataset(dataset, size, config.fit), view_mirror
 
@@ -74,7 +82,7 @@ class Crafting:
         self,
         host: ModuleHost,
         view_mirror: Mirror,
-        raw: RawDataset,
+        raw: RawDataset | RawStream,
         config: AlternationConfig,
         seed: int,
         folder: Path,
@@ -85,7 +93,7 @@ class Crafting:
         Args:
             host: the surrogate.
             view_mirror: the mirror of the data set's transform.
-            raw: the data set without its transform.
+            raw: the data set or stream without its transform.
             config: the settings.
             seed: of start and augmentations.
             folder: where a perturbation too large for memory is.
@@ -98,10 +106,15 @@ class Crafting:
         check_unpoisoned(raw.dataset)
         self.host, self.mirror, self.raw = host, view_mirror, raw
         self.config, self.seed, self.folder = config, seed, folder
-        self.labels = labels(raw.dataset)
+        self.labels = None if isinstance(raw, RawStream) else labels(raw.dataset)
+        """int64 (N), by row; None where there are none, or where samples alone tell them."""
         self._steps_done = int(resumed["steps_done"]) if resumed else 0
         self._chosen: Tensor | None = None
-        begun = start(raw, self.labels, config, seed, folder, resumed)
+        begun = (
+            start_on_stream(raw, config, seed, folder, resumed)
+            if isinstance(raw, RawStream)
+            else start(raw, self.labels, config, seed, folder, resumed)
+        )
         self._images, self._parts_before = begun.images, begun.parts
         self._in_part = begun.chosen
         self._attached: dict[str, Tensor] = {}
@@ -109,7 +122,9 @@ class Crafting:
         """Of a poison by cluster, text that the poison file carries beside what is known of all."""
         if begun.perturbation.nbytes <= DEVICE_BYTES:
             begun.perturbation.move(host.device)
-        of_images = aspects(raw) if config.fit == "cover" else None
+        of_images = None
+        if config.fit == "cover" and isinstance(raw, RawDataset):
+            of_images = aspects(raw)
         self.attack = Attack(
             host, view_mirror, begun.perturbation, begun.rows, config, seed, of_images
         )
@@ -122,14 +137,24 @@ class Crafting:
         """The last loss of a model step."""
         self.schedule = self._schedule(1, 1)
 
-    def plan(self, batches: int, accumulated: int = 1, steps: float = math.inf) -> None:
+    def plan(self, batches: float, accumulated: int = 1, steps: float = math.inf) -> None:
         """Turn `epoch` into numbers of steps.
 
         Args:
-            batches: of an epoch.
+            batches: of an epoch; infinity where they are not known.
             accumulated: batches an optimiser step.
             steps: optimiser steps after which the host's own training ends.
+
+        Raises:
+            UserError: an epoch is asked for and its number of batches is not known.
         """
+        if batches == math.inf and EPOCH in (self.config.model_steps, self.config.noise_steps):
+            raise UserError(
+                f"poison.model_steps={self.config.model_steps} and "
+                f"poison.noise_steps={self.config.noise_steps} ask for whole epochs, and "
+                f"{type(self.raw.dataset).__name__} streams images without telling how many; set "
+                "both to numbers, or give the stream __len__."
+            )
         self.schedule = self._schedule(batches, accumulated)
         if self.config.granularity == "cluster":
             length = self.schedule.model_steps
@@ -184,7 +209,7 @@ class Crafting:
 
     def labels_of(self, batch: Batch) -> Tensor | None:
         """Return the labels of a batch's images, int64 (B), None where there are none."""
-        return None if self.labels is None else self.labels[batch.rows]
+        return batch.labels if self.labels is None else self.labels[batch.rows]
 
     def noise_requests(
         self, batches: Iterable[Batch], step: int, losses: list[Tensor]
@@ -263,13 +288,16 @@ class Crafting:
         least = min(self.schedule.total_steps, steps)
         rounds = math.ceil(least / self.schedule.model_steps)
         passes = replace(self.schedule, rounds=rounds).image_passes(batch_size, self.mirror.views)
+        epochs = ""
+        with suppress(TypeError):  # of a stream that does not tell its length
+            epochs = f", as many as {passes / (len(self.raw) * self.mirror.views):.1f} epochs"
         log.info(
-            "crafting: %d rounds of %d + %d steps, %s image passes in all, as many as %.1f epochs",
+            "crafting: %d rounds of %d + %d steps, %s image passes in all%s",
             rounds,
             self.schedule.model_steps,
             self.schedule.noise_steps,
             f"{passes:,}",
-            passes / (len(self.raw) * self.mirror.views),
+            epochs,
         )
 
     def check_steps(self, steps: float) -> None:
@@ -354,7 +382,7 @@ class Crafting:
     def _count_missing(self) -> int:
         """Count the different images that are to be poisoned and that no batch has brought."""
         rows = self.attack.rows
-        if rows.keys is None:
+        if rows.keys is None or isinstance(self.raw, RawStream):
             return 0
         brought, all_ = int((rows.keys != 0).sum()), int((self._all_keys(rows.keys) != 0).sum())
         if brought < all_ and self._images is None:
@@ -381,9 +409,8 @@ class Crafting:
         With delta they are what is needed to go on.
         """
         rows = self.attack.rows
-        keys = {} if rows.keys is None else {"keys": rows.keys}
         grouped = {"clusters": rows.of_image, **self._attached} if self._attached else {}
-        return {"moved": self.attack.perturbation.moved, **keys, **grouped}
+        return {"moved": self.attack.perturbation.moved, **rows.tensors(), **grouped}
 
     def poison(self, whole: bool = False) -> Poison:
         """Return the perturbation as it stands.
@@ -399,7 +426,7 @@ class Crafting:
             keys = keys[carried]
         moved = perturbation.moved.cpu()[carried]
         shared, attached = self.config.granularity != "sample", self._attached
-        classes = names_or_numbers(self.raw.dataset) if shared else None
+        classes = self._classes() if shared else None
         chosen = None
         if self.config.granularity == "cluster":
             classes = tuple(cluster_name(number) for number in range(len(perturbation)))
@@ -420,6 +447,10 @@ class Crafting:
             attached,
         )
 
+    def _classes(self) -> tuple[str, ...] | None:
+        rows = self.attack.rows
+        return rows.classes if isinstance(rows, ClassRows) else names_or_numbers(self.raw.dataset)
+
     def _chosen_keys(self) -> Tensor:
         """Return the keys of the images that carry the delta of their class."""
         if self._chosen is None:
@@ -427,10 +458,11 @@ class Crafting:
             self._chosen = torch.tensor(sorted({self.raw[image].key for image in images}))
         return self._chosen
 
-    def _schedule(self, batches: int, accumulated: int) -> Schedule:
+    def _schedule(self, batches: float, accumulated: int) -> Schedule:
         config = self.config
-        an_epoch = max(1, -(-batches // accumulated))
-        noise_steps = batches if config.noise_steps == EPOCH else config.noise_steps
+        whole = 1 if batches == math.inf else int(batches)
+        an_epoch = max(1, -(-whole // accumulated))
+        noise_steps = whole if config.noise_steps == EPOCH else config.noise_steps
         return Schedule(
             config.rounds * (config.restarts + 1),
             an_epoch if config.model_steps == EPOCH else config.model_steps,

@@ -24,9 +24,9 @@ from cp_plugin.data import (
     changes_in,
     labels,
     names_or_numbers,
+    stream_classes,
     streams,
 )
-from cp_plugin.data.labels import distinct
 
 
 class AddPoison:
@@ -188,16 +188,13 @@ def _of_stream(stream: Any, poison: Poison, fraction: float) -> Poison:
 def _classes_of_stream(stream: Any, poison: Poison) -> tuple[str, ...] | None:
     """Return the names of a stream's classes, where the poison asks for them.
 
-    They are its attribute `classes`, or the names that Hugging Face's `features` give its label; a
-    poison of numbered classes has the numbers.
+    A poison of numbered classes has the numbers, where the stream tells no names.
     """
     if not poison.needs_labels:
         return None
-    features = getattr(stream, "features", None) or {}
-    named = [getattr(feature, "names", None) for feature in dict(features).values()]
-    found = getattr(stream, "classes", None) or next(filter(None, named), None)
+    found = stream_classes(stream)
     if found is not None:
-        return distinct([str(name) for name in found])
+        return found
     own = poison.classes
     return own if own is not None and own == tuple(map(str, range(len(own)))) else None
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cp_plugin.attack.key_index import KeyIndex
 from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.rows import Rows
 from cp_plugin.config.settings import AlternationConfig, Fit, UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.fit import keeping_grey
@@ -80,53 +80,6 @@ class Schedule:
         noisy = self.rounds - self.clean_steps // self.model_steps
         noise = noisy * self.noise_steps * self.pgd_steps
         return (self.rounds * self.model_steps + noise) * batch_size * views
-
-
-@dataclass
-class Rows:
-    """Which row of delta belongs to which image of the training set; identical images share one."""
-
-    of_image: Tensor
-    """int64 (N): -1 for an image that is not poisoned."""
-    keys: Tensor | None = None
-    """int64 (K), 0 until the image of a row was seen; None where images share a row."""
-    _row_of_key: KeyIndex = field(default_factory=KeyIndex)
-
-    @classmethod
-    def of_samples(cls, chosen: Tensor) -> Rows:
-        """One row an image; `chosen` is bool (N)."""
-        of_image = torch.where(chosen, chosen.cumsum(0) - 1, -1)
-        return cls(of_image, keys=torch.zeros(int(chosen.sum()), dtype=torch.int64))
-
-    @classmethod
-    def of_classes(cls, labels: Tensor, chosen: Tensor) -> Rows:
-        """One row a class; negative labels are unlabelled, hence not poisoned."""
-        return cls(torch.where(chosen & (labels >= 0), labels, -1))
-
-    def restore(self, keys: Tensor) -> None:
-        """Take the keys of an earlier run's snapshot."""
-        self.keys = keys
-        (seen,) = torch.nonzero(keys, as_tuple=True)
-        self._row_of_key = KeyIndex(keys[seen], seen)
-
-    def of_batch(self, batch: Batch) -> Tensor:
-        """Return the rows of the batch's images, int64 (P * B), on the CPU.
-
-        With P processes they are those of all of them, interleaved as `Share.positions` says, so
-        that every process keeps the same rows and keys.
-        """
-        rows = self.of_image[gathered(batch.rows)]
-        if self.keys is None:
-            return rows
-        keys = gathered(batch.keys)
-        first = torch.where(rows < 0, rows, self._row_of_key.find(keys))
-        for place in ((rows >= 0) & (first < 0)).nonzero().flatten().tolist():
-            key, row = int(keys[place]), int(rows[place])
-            # The row of an identical image, where one was seen before.
-            first[place] = self._row_of_key.claim(key, row)
-            if first[place] == row:
-                self.keys[row] = key
-        return first
 
 
 @dataclass
@@ -350,7 +303,9 @@ class Attack:
 
         The rows are on the CPU, the places on the device of the images.
         """
-        rows_U, inverse = torch.unique(self.rows.of_batch(batch), return_inverse=True)
+        rows = self.rows.of_batch(batch)
+        self.rows.provide(self.perturbation)
+        rows_U, inverse = torch.unique(rows, return_inverse=True)
         places_B = inverse[share().positions(len(batch.images))]
         return rows_U, places_B.to(batch.images.device, non_blocking=True)
 

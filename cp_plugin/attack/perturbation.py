@@ -79,9 +79,7 @@ class Perturbation:
             file: keep the rows in this file instead of in memory.
         """
         store = cls.zeros(rows, shape, eps, dtype, file)
-        for part in store.parts():
-            draw = torch.rand((part.stop - part.start, *shape), generator=generator)
-            store.rows[part] = encode((2 * draw - 1) * eps, eps, store.dtype)
+        store.draw(0, rows, generator)
         return store
 
     @classmethod
@@ -98,6 +96,33 @@ class Perturbation:
         if file is None:
             return cls(torch.zeros(size, dtype=DTYPES[dtype]), eps)
         return cls(RowFile.create(file, size, DTYPES[dtype]), eps)
+
+    def draw(self, first: int, end: int, generator: torch.Generator | None = None) -> None:
+        """Draw every pixel of some rows uniformly from [-eps, eps].
+
+        Args:
+            first: the first row.
+            end: the row behind the last one; rows drawn one by one are those drawn at once.
+            generator: a CPU generator; None uses the global one.
+        """
+        for part in slices(end - first, 4 * math.prod(self.shape)):
+            rows = slice(first + part.start, first + part.stop)
+            draw = torch.rand((part.stop - part.start, *self.shape), generator=generator)
+            made = encode((2 * draw - 1) * self.eps, self.eps, self.dtype)
+            self.rows[rows] = made.to(self.rows.device)
+            self._unsaved[rows] = True
+
+    def grow(self, count: int) -> None:
+        """Let there be so many rows; those behind the present ones are zero."""
+        more = count - len(self)
+        if isinstance(self.rows, RowFile):
+            self.rows.grow(count)
+        else:
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(more, *self.shape)])
+        if self._saved is not None:
+            self._saved.grow(count)
+        self.moved = torch.cat([self.moved, self.moved.new_zeros(more)])
+        self._unsaved = torch.cat([self._unsaved, self._unsaved.new_ones(more)])
 
     def __len__(self) -> int:
         return len(self.rows)

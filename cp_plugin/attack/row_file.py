@@ -134,6 +134,12 @@ class RowFile:
         made._file = os.open(self.path, os.O_RDWR)
         return made
 
+    def grow(self, count: int) -> None:
+        """Let there be so many rows; those behind the present ones are zero and take no room."""
+        more = torch.full((count - len(self),), NOWHERE)
+        self.places = torch.cat([self.places, more])
+        self.shape = torch.Size((count, *self.shape[1:]))
+
     def selected(self, rows_M: Tensor) -> RowFile:
         """Return some of the rows as they lie in the same file, to be read."""
         return self._opened_again({"places": self.places[rows_M]})

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_plugin.attack.loop import Rows
 from cp_plugin.attack.perturbation import DTYPES, Perturbation, new_rows
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile
+from cp_plugin.attack.rows import Rows
 from cp_plugin.attack.snapshot import remove_unnamed
-from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, CraftConfig, UserError
+from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, CraftConfig, Fit, UserError
 from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.data.subset import keys_of_part
 from cp_plugin.hosts.distributed import share
@@ -191,7 +191,7 @@ def taken_up(
     """
     delta = tensors["delta"]
     if isinstance(delta, RowFile):
-        file = _own_rows(folder)
+        file = own_rows(folder)
         perturbation = Perturbation.continued(delta, config.eps, file, not _is_large(delta.nbytes))
         _forget(perturbation, file)
     else:
@@ -213,7 +213,7 @@ def _noise(
     channels, height, width = raw[0].image.shape
     shape = (channels, height, width)
     large = _is_large(count * math.prod(shape) * DTYPES[config.dtype].itemsize)
-    file = _own_rows(folder) if large else None
+    file = own_rows(folder) if large else None
     if config.init == ZERO:
         made = Perturbation.zeros(count, shape, config.eps, config.dtype, file)
     else:
@@ -228,7 +228,7 @@ def _is_large(bytes_: int) -> bool:
     return RowFile.available and bytes_ > largest
 
 
-def _own_rows(folder: Path) -> Path:
+def own_rows(folder: Path) -> Path:
     """Return where this process has its rows: the first one in the run's folder, for snapshots."""
     return new_rows(folder if share().rank == 0 else Path(tempfile.gettempdir()))
 
@@ -239,6 +239,24 @@ def _forget(perturbation: Perturbation, file: Path | None) -> None:
         perturbation.rows.remove()
 
 
+def check_init(poison: Poison, fit: Fit, shape: tuple[int, ...]) -> None:
+    """Check that a poison to start from has rows of the right form.
+
+    Raises:
+        UserError: it has not.
+    """
+    if poison.fit != fit:
+        raise UserError(
+            f"poison.init was made with fit: {poison.fit}, this run has {fit}; set "
+            f"poison.fit={poison.fit}."
+        )
+    if poison.perturbation.shape != shape:
+        raise UserError(
+            f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
+            f"{shape}; use a poison of the same image size."
+        )
+
+
 def _take_over(
     poison: Poison,
     raw: RawDataset,
@@ -247,16 +265,7 @@ def _take_over(
     rows: Rows,
 ) -> None:
     """Take over rows of a poison file: of the data set's classes, or of the same images."""
-    if poison.fit != raw.canonical.fit:
-        raise UserError(
-            f"poison.init was made with fit: {poison.fit}, this run has {raw.canonical.fit}; set "
-            f"poison.fit={poison.fit}."
-        )
-    if poison.perturbation.shape != perturbation.shape:
-        raise UserError(
-            f"poison.init has deltas of shape {poison.perturbation.shape}, this run needs "
-            f"{perturbation.shape}; use a poison of the same image size."
-        )
+    check_init(poison, raw.canonical.fit, perturbation.shape)
     names = names_or_numbers(raw.dataset)
     poison.check_classes(names)
     for first in range(0, len(raw), 1024):

@@ -27,9 +27,9 @@ from cp_plugin.config.settings import (
     cache_mode,
     given,
 )
-from cp_plugin.data import RawDataset
+from cp_plugin.data import RawDataset, RawStream, streams
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.loading import batch_size_of, moved
+from cp_plugin.data.loading import batch_size_of, batches_of, moved
 from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.evaluation.clusters import Placing, put_into_clusters
@@ -60,6 +60,8 @@ class CraftPoison(Callback):
     config_class: type[AlternationConfig] = CraftConfig
     kind = "cp"
     """What the poison file calls the poison."""
+    serves_streams = True
+    """Whether a stream can be crafted on, whose images have no rows."""
     acts_on_images = (POISON, VIEWS)
 
     def __init__(
@@ -133,6 +135,7 @@ class CraftPoison(Callback):
                 "folder."
             )
         loader = training_loader(trainer)
+        self._check_stream(loader.dataset)
         raw, view_mirror = raw_and_mirror(loader.dataset, self.config)
         read_once(raw, self._cache, loader)
         view_mirror = view_mirror.to(pl_module.device)
@@ -158,7 +161,20 @@ class CraftPoison(Callback):
         self._batches = Endless(loader)
         self._resumption = Resumption(trainer, loader, self._hooks.order, self._batches)
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def _check_stream(self, dataset: Any) -> None:
+        """Check that the poison can be made of a stream, where the data set is one.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if streams(dataset) and not self.serves_streams:
+            raise UserError(
+                f"poison={self.kind} looks up the label of each image by its row, and "
+                f"{type(dataset).__name__} streams its images; craft +poison=cp_class or "
+                "+poison=cp on it, or use a map-style data set."
+            )
+
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate behind the protocol that the attack sees.
 
         Raises:
@@ -174,7 +190,7 @@ class CraftPoison(Callback):
 
     def plan(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Turn `epoch` into numbers of steps."""
-        batches = int(min(len(loader), trainer.num_training_batches))  # less than all, if so told
+        batches = min(batches_of(loader), trainer.num_training_batches)  # less than all, if so told
         self.crafting.plan(
             batches, trainer.accumulate_grad_batches, trainer.estimated_stepping_batches
         )

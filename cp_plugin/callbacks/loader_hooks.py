@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import RawDataset
+from cp_plugin.data import RawDataset, RawStream
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.loading import Collate, LoaderStart, check_batched, moved, renew_iterators
 from cp_plugin.data.order import Order
@@ -190,7 +190,9 @@ def _drop_iterators(now: dict[str, Any], before: dict[str, Any]) -> None:
 class LoaderHooks:
     """Raw batches in the loader, mirrored views for the module."""
 
-    def __init__(self, trainer: Any, module: Any, raw: RawDataset, views: Views) -> None:
+    def __init__(
+        self, trainer: Any, module: Any, raw: RawDataset | RawStream, views: Views
+    ) -> None:
         """Start feeding; call in `on_train_start`.
 
         Args:

@@ -21,6 +21,7 @@ class CraftTue(CraftPoison):
     """
 
     kind = "tue"
+    serves_streams = False
     config_class = TueConfig
 
     def term(self) -> Term:

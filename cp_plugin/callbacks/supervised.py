@@ -22,7 +22,7 @@ from cp_plugin.config.baselines import (
     TrainedSurrogateConfig,
 )
 from cp_plugin.config.settings import AlternationConfig, CacheMode, UserError, given
-from cp_plugin.data import RawDataset, class_names, labels
+from cp_plugin.data import RawDataset, RawStream, class_names, labels
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.supervised import (
@@ -47,9 +47,10 @@ class CraftErrorMin(CraftPoison):
 
     config_class: type[AlternationConfig] = ErrorMinConfig
     kind = "error_min"
+    serves_streams = False
     host_class: type[SupervisedHost] = SupervisedHost
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate as a supervised host.
 
         Raises:
@@ -116,7 +117,7 @@ class CraftOnTrained(CraftErrorMin):
             prepare_fit(trainer)
         self._trainer = trainer
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate as the host that shows what is minimised.
 
         Raises:
@@ -198,7 +199,7 @@ class CraftTap(CraftOnTrained):
     host_class = AdversarialHost
     settings_class = TapConfig
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate as a host whose loss misleads it; see `CraftOnTrained`."""
         host = super().adapted(trainer, pl_module, raw)
         assert isinstance(host, AdversarialHost)
@@ -233,7 +234,7 @@ class CraftSep(CraftTap):
     host_class = EnsembleHost
     settings_class = SepConfig
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate as an ensemble; see `CraftOnTrained`."""
         host = super().adapted(trainer, pl_module, raw)
         assert isinstance(host, EnsembleHost)
@@ -292,7 +293,7 @@ class CraftPil(CraftOnTrained):
     host_class = LinearisingHost
     settings_class = PilConfig
 
-    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset) -> LightningHost:
+    def adapted(self, trainer: Any, pl_module: Any, raw: RawDataset | RawStream) -> LightningHost:
         """Return the surrogate as a host that is to tell nothing; see `CraftOnTrained`."""
         host = super().adapted(trainer, pl_module, raw)
         assert isinstance(host, LinearisingHost)

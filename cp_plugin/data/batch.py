@@ -19,3 +19,6 @@ class Batch(NamedTuple):
     """uint8 (B, C, H, W), all of one size."""
     sample: Any
     """The host's own collated sample, its views missing; `Host.loss` puts views back."""
+    labels: Tensor | None = None
+    """int64 (B), on the CPU, negative where unlabelled; None where labels are known by row, or are
+    not needed."""

@@ -21,7 +21,7 @@ or takes the size of the poison, so that its images differ by delta alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,8 @@ from cp_plugin.config.settings import Fit
 from cp_plugin.data import wrappers
 from cp_plugin.data.fit import GRID
 from cp_plugin.data.image import Size
-from cp_plugin.data.raw import UNREADABLE, RawDataset
+from cp_plugin.data.raw import RawDataset
+from cp_plugin.data.raw_images import UNREADABLE
 
 log = logging.getLogger("cp_plugin")
 
@@ -82,6 +83,15 @@ def canonical_size(
     form = canonical_form(dataset, resized_side, image_size)
     form.announce()
     return form.size
+
+
+def stream_size(
+    sizes: Sequence[Size], resized_side: int | None, image_size: int | None = None
+) -> Size:
+    """Return the size of delta for a stream by the sizes of its first images, and log it."""
+    size, reason = _by_rule(list(dict.fromkeys(sizes)), resized_side, image_size)
+    Form(size, True, "" if set(sizes) == {size} else reason).announce()
+    return size
 
 
 def aspects(raw: RawDataset) -> Tensor:

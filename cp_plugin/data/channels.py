@@ -13,6 +13,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.image import Canonical, is_grey, like
 from cp_plugin.data.pipelines import IMAGE, takes_samples
 from cp_plugin.data.raw import RawDataset
+from cp_plugin.data.raw_images import RawImages
 from cp_plugin.data.slots import elements
 from cp_plugin.util.random_state import random_state_kept
 
@@ -69,7 +70,7 @@ def check_channels(raw: RawDataset) -> None:
         raise UserError(other_channels(raw, clean, poisoned))
 
 
-def other_channels(raw: RawDataset, clean: set[int], poisoned: set[int]) -> str:
+def other_channels(raw: RawImages, clean: set[int], poisoned: set[int]) -> str:
     """Say that views of clean and of perturbed images have other numbers of channels."""
     mode = getattr(raw.given, "mode", None)
     form = "grey" if is_grey(raw.given) else "RGB"

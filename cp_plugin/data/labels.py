@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.raw import RawDataset, SampleError
+from cp_plugin.data.raw import RawDataset
+from cp_plugin.data.raw_images import SampleError
 from cp_plugin.data.wrappers import attributes, indices_of, inside, single
 
 log = logging.getLogger("cp_plugin")

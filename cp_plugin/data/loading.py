@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import RawDataset
+from cp_plugin.data import RawDataset, RawStream
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.util.internals import LoaderIterator, forget_iterators
@@ -42,6 +43,14 @@ def check_batched(loader: DataLoader[Any]) -> None:
             "data set makes the batches, and no row of it is known to belong to an image; give the "
             "loader a batch_size or a batch_sampler, and let the data set return one image a row."
         )
+
+
+def batches_of(loader: DataLoader[Any]) -> float:
+    """Return how many batches an epoch has; infinity where a stream does not tell its length."""
+    try:
+        return len(loader)
+    except TypeError:
+        return math.inf
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -142,7 +151,7 @@ class Counters:
             vars(one).update(held)
 
 
-def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:
+def raw_loader(loader: DataLoader[Any], raw: RawDataset | RawStream) -> DataLoader[Any]:
     """Return a copy of a loader that brings batches of its raw data set."""
     own = copy.copy(loader)
     object.__setattr__(own, "dataset", raw)
@@ -154,7 +163,7 @@ def raw_loader(loader: DataLoader[Any], raw: RawDataset) -> DataLoader[Any]:
 class Collate:
     """`RawDataset.collate` with the host's own collate function; a class, for the workers' sake."""
 
-    def __init__(self, raw: RawDataset, host_collate: Callable[[Any], Any]) -> None:
+    def __init__(self, raw: RawDataset | RawStream, host_collate: Callable[[Any], Any]) -> None:
         self._raw, self._host_collate = raw, host_collate
 
     def __call__(self, items: Any) -> Batch:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from cp_plugin.config.settings import UserError
 from cp_plugin.data.loading import Counters, renew_iterators, samplers, samplers_and_parts
 from cp_plugin.util.random_state import RandomState, generator_state
 
@@ -41,7 +42,7 @@ class Order:
         self._counters = Counters([*samplers(loader), self.inner, *samplers(self.inner)])
         epochs = {id(part): part for part in parts if callable(getattr(part, "set_epoch", None))}
         self._with_epochs: list[Any] = list(epochs.values())
-        self._length = len(self.inner) if hasattr(self.inner, "__len__") else 0
+        self._length = _length(self.inner)
         """Batches of an epoch; an iteration that goes on after them is not taken up again."""
         self._begun: dict[str, Any] | None = None
         self._sums: list[int] = []
@@ -154,7 +155,12 @@ class Endless:
             batch = next(self._iterator)
         except StopIteration:
             self._begin()
-            batch = next(self._iterator)
+            batch = next(self._iterator, None)
+            if batch is None:
+                raise UserError(
+                    f"{type(self._loader.dataset).__name__} brought no batch when it was read "
+                    "again; let its __iter__ begin anew whenever it is called."
+                ) from None
         self._used += 1
         return batch
 
@@ -176,6 +182,14 @@ class Endless:
         if self._iterator is None:
             renew_iterators(self._loader)
         self._iterator, self._used = iter(self._loader), 0
+
+
+def _length(sampler: Any) -> int:
+    """Return the batches of an epoch, 0 where they are not known, as those of a stream."""
+    try:
+        return len(sampler)
+    except TypeError:
+        return 0
 
 
 def _sum(rows: Any, before: list[int]) -> int:

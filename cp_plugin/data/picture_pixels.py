@@ -24,7 +24,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data.fit import in_bands, in_levels, luminance
 from cp_plugin.data.image import Canonical
 from cp_plugin.data.png16 import read_png, write_png
-from cp_plugin.data.raw import UNREADABLE
+from cp_plugin.data.raw_images import UNREADABLE
 
 FileFormat = Literal["png", "same"]
 UNDECODABLE = (*UNREADABLE, ValueError, EOFError, struct.error, OverflowError, RuntimeError)

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from cp_plugin.config.settings import CacheMode, UserError
 from cp_plugin.data import wrappers
 from cp_plugin.data.cache import Cache
-from cp_plugin.data.raw import Item, RawDataset
+from cp_plugin.data.raw import RawDataset
+from cp_plugin.data.raw_images import Item
+from cp_plugin.data.raw_stream import RawStream
 from cp_plugin.util.memory import available_bytes
 from cp_plugin.util.random_state import RandomState
 
@@ -38,17 +40,17 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 
 
 def read_once(
-    raw: RawDataset, mode: CacheMode = "auto", loader: DataLoader[Any] | None = None
+    raw: RawDataset | RawStream, mode: CacheMode = "auto", loader: DataLoader[Any] | None = None
 ) -> None:
     """Read all images of a data set and keep them as its `cache`, where that is possible.
 
     Args:
-        raw: the data set; its samples and their order stay the same.
+        raw: the data set; its samples and their order stay the same. A stream is not kept.
         mode: `auto`: where they take at most a quarter of the available memory; `true`: however
             large they are; `false`: not.
         loader: whose worker processes are used for reading; None: this process reads.
     """
-    if mode == "false" or raw.cache is not None:
+    if mode == "false" or isinstance(raw, RawStream) or raw.cache is not None:
         return
     reason = _changing(raw)
     if reason is not None:

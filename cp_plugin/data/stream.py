@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset
 from cp_plugin.config.settings import Fit
 from cp_plugin.data import wrappers
 from cp_plugin.data.image import Canonical, Size, is_image
-from cp_plugin.data.labels import LABEL_KEYS, UNLABELLED, numbers
+from cp_plugin.data.labels import LABEL_KEYS, UNLABELLED, distinct, numbers
 from cp_plugin.data.pipelines import takes_samples
-from cp_plugin.data.raw import SampleError, images_in
+from cp_plugin.data.raw_images import SampleError, images_in
 from cp_plugin.data.slots import rebuilt
 from cp_plugin.data.transformed import Add, Change, labelled
 
@@ -30,6 +30,17 @@ def streams(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or (
         hasattr(type(dataset), "__iter__") and not hasattr(type(dataset), "__getitem__")
     )
+
+
+def stream_classes(stream: Any) -> tuple[str, ...] | None:
+    """Return the names of a stream's classes, None where it does not tell them.
+
+    They are its attribute `classes`, or the names that Hugging Face's `features` give its label.
+    """
+    features = getattr(stream, "features", None) or {}
+    named = [getattr(feature, "names", None) for feature in dict(features).values()]
+    found = getattr(stream, "classes", None) or next(filter(None, named), None)
+    return None if found is None else distinct([str(name) for name in found])
 
 
 class PreTransformStream(IterableDataset[Any]):

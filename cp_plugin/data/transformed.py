@@ -21,7 +21,8 @@ from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
 from cp_plugin.data.pipelines import IMAGE, takes_samples
-from cp_plugin.data.raw import RawDataset, SampleError, images_in, read, transform_not_called
+from cp_plugin.data.raw import RawDataset, read, transform_not_called
+from cp_plugin.data.raw_images import SampleError, images_in
 from cp_plugin.data.slots import rebuilt
 
 ROWS_READ_AGAIN, READ_AGAIN = 4, 8

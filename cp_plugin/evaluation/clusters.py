@@ -39,6 +39,7 @@ def put_into_clusters(crafting: Crafting, placed: Placing | None = None) -> None
     """
     host, mirror, config = crafting.host, crafting.mirror, crafting.config
     assert isinstance(config, CraftConfig)
+    assert isinstance(crafting.raw, RawDataset)
     shown = _Whole(crafting.raw, Canonical(mirror.view_size, "cover"))
     found = features(host.encode, shown, mirror.normalize, device=host.device)
     directions = functional.normalize(found)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import RawDataset
 from cp_plugin.data.channels import channels_made, other_channels
 from cp_plugin.data.image import is_grey
+from cp_plugin.data.raw_images import RawImages
 from cp_plugin.mirror.pipeline import Mirror
 
 
-def with_channels(view_mirror: Mirror, raw: RawDataset) -> Mirror:
+def with_channels(view_mirror: Mirror, raw: RawImages) -> Mirror:
     """Return the mirror of a data set's transform, set to the channels of the data set's images.
 
     Raises:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from cp_plugin.apps.hydra_app import compose
-from cp_plugin.attack.loop import Attack, Rows
+from cp_plugin.attack.loop import Attack
 from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.rows import Rows
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data import Photos, RawDataset
 from cp_plugin.data.batch import Batch

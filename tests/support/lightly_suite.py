@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from cp_plugin.attack.loop import Attack, Rows
+from cp_plugin.attack.loop import Attack
 from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.rows import Rows
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts import adapt

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from cp_plugin.attack.loop import Attack, Rows, Schedule, poisoned
+from cp_plugin.attack.loop import Attack, Schedule, poisoned
 from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.rows import Rows
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data.batch import Batch
 from cp_plugin.hosts.protocol import Host
