@@ -128,7 +128,8 @@ def pipeline_of(dataset: Any) -> Any:
         raise UserError(
             f"{type(dataset).__name__} has no attribute `{TRANSFORM}`, nor another one with a "
             "known pipeline, so its images cannot be read before they are augmented; keep the "
-            f"augmentation in `self.{TRANSFORM}` and apply it in __getitem__."
+            f"augmentation in `self.{TRANSFORM}` and apply it in __getitem__, or of a stream in "
+            "__iter__."
         )
     for other in found[1:]:
         if not _same(found[0], other):

@@ -311,7 +311,7 @@ def host_methods() -> str:
     """What the conformance suites of the other hosts run over, and what they leave out."""
     from tests.support.lightly_masked_modules import MASKED
     from tests.support.lightly_modules import MODULES
-    from tests.support.spt_modules import FORWARDS, METHODS, NOT_TRIED, REFUSED
+    from tests.support.spt_modules import FORWARDS, METHODS, REFUSED
 
     kinds = {
         "Lightly, methods that compare views": MODULES,
@@ -325,9 +325,6 @@ def host_methods() -> str:
         dual = ", ".join(f"`{style.name}`" for style in styles if style.momentum) or "none"
         lines.append(f"| {kind} | {names} | {len(styles)} | {dual} |")
     left_out = [f"`{name}` is refused: {reason}." for name, reason in REFUSED.items()]
-    left_out += [
-        f"`{name}` is not in the suite: it {reason}." for name, reason in NOT_TRIED.items()
-    ]
     return "\n".join([*lines, "", "Of `stable_pretraining.forward` " + " ".join(left_out)])
 
 

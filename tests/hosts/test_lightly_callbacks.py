@@ -266,7 +266,7 @@ class Alone(Dataset):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (lambda: DataLoader(Stream(), batch_size=4), r"Stream streams its images"),
+        (lambda: DataLoader(Stream(), batch_size=4), r"Stream has no attribute `transform`"),
         (lambda: Alone(), r"Alone has no attribute `transform`"),
         (
             lambda: DataLoader(Styled("views, target", TWO_VIEWS), collate_fn=only_targets),

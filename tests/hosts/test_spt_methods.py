@@ -13,7 +13,7 @@ from tests.support.lightly_suite import (
     check_momentum,
     check_untouched,
 )
-from tests.support.spt_modules import FORWARDS, METHODS, NOT_TRIED, REFUSED
+from tests.support.spt_modules import FORWARDS, METHODS, REFUSED
 
 pytest.importorskip(
     "stable_pretraining", reason="stable-pretraining is not installed: pip install cp-plugin[spt]"
@@ -52,7 +52,7 @@ def test_no_forward_function_is_forgotten():
         for name, value in vars(forward).items()
         if getattr(value, "__module__", "") == forward.__name__ and not name.startswith("_")
     }
-    assert own == {style.name for style in FORWARDS} | set(REFUSED) | set(NOT_TRIED)
+    assert own == {style.name for style in FORWARDS} | set(REFUSED)
 
 
 def test_the_readme_lists_what_is_served():

@@ -265,7 +265,7 @@ def test_mistakes_are_told(loader):
             yield torch.zeros(3, 32, 32)
 
     model = Encoder()
-    with pytest.raises(UserError, match="streams its images"):
+    with pytest.raises(UserError, match="Stream has no attribute `transform`"):
         PoisonLoop(DataLoader(Stream()), model)
     with pytest.raises(UserError, match=r"expected a torch DataLoader first, got Photos"):
         PoisonLoop(loader.dataset, model)

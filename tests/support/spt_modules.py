@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from tests.support.lightly_modules import Style
@@ -21,11 +22,6 @@ FORWARDS: list[Style] = []
 METHODS: list[Style] = []
 REFUSED = {"supervised": "its loss compares labels, so its poison would be a supervised one"}
 """Functions of `forward` that no poison is crafted with, and why."""
-NOT_TRIED = {
-    "nnclr": "needs a queue in a trainer",
-    "dinov2": "needs a transformer of Hugging Face's",
-}
-"""Functions of `forward` that the conformance suite does not run over, and why."""
 HEADS = ("backbone.teacher", "projector.teacher")
 
 
@@ -136,6 +132,40 @@ def dino() -> Any:
     return composed("dino", **networks, dino_loss=loss, temperature_teacher=0.4)
 
 
+@listed(FORWARDS)
+def nnclr() -> Any:
+    """Its queue is one of a trainer's callbacks, which fills it as training goes on."""
+    queues = importlib.import_module("stable_pretraining.callbacks.queue")
+    loss = spt().losses.NTXEntLoss(temperature=0.5)
+    networks = {"projector": nn.Linear(8, 8), "predictor": nn.Linear(8, 8)}
+    sizes = {"support_set_size": 32, "projection_dim": 8}
+    module = composed("nnclr", backbone=conv(), **networks, nnclr_loss=loss, **sizes)
+    trainer = importlib.import_module("lightning").Trainer(logger=False, accelerator="cpu")
+    module.trainer = trainer
+    queue = queues.find_or_create_queue_callback(trainer, "nnclr_support_set", 32, 8)
+    queue.setup(trainer, module, "fit")
+    queues.OnlineQueue._shared_queues[queue.key].append(torch.randn(16, 8))
+    module._nnclr_queue_callback = queue  # where its first training step keeps it
+    module.trainer = None
+    return module
+
+
+@listed(FORWARDS, momentum=(*HEADS, "patch_projector.teacher"), sizes=(8, 8, 6), batch="crops")
+def dinov2() -> Any:
+    """On a transformer of Hugging Face's, which hides patches by itself."""
+    transformers = importlib.import_module("transformers")
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(
+        **shape, intermediate_size=WIDTH, image_size=SIDE, patch_size=PATCH
+    )
+    encoder = transformers.ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+    networks = {name: twice(nn.Linear(WIDTH, 12)) for name in ("projector", "patch_projector")}
+    loss = spt().losses.DINOv2Loss()
+    return composed(
+        "dinov2", backbone=twice(encoder), **networks, dinov2_loss=loss, temperature_teacher=0.4
+    )
+
+
 def method(name: str, call: Callable[[Any, list[Any]], Any], *arguments: Any, **named: Any) -> Any:
     """Make a class of `methods/` a module that is trained by its own loss on the views."""
     cls = getattr(importlib.import_module("stable_pretraining.methods"), name)
@@ -241,3 +271,23 @@ def DINO() -> Any:
     """Crops of two sizes on a transformer with registers and dropped paths."""
     encoder = vit(dynamic_img_size=True, reg_tokens=2)
     return method("DINO", crops, encoder, n_prototypes=12, **PROTOTYPES)
+
+
+def global_views(forward: Any, views: list[Any]) -> Any:
+    return forward(global_views=views)
+
+
+HIDING = {"n_cls_prototypes": 12, "n_patch_prototypes": 10, "image_size": SIDE, **PROTOTYPES}
+TWO_HEADS = ("backbone.teacher", "cls_head.teacher", "patch_head.teacher")
+
+
+@listed(METHODS, momentum=TWO_HEADS)
+def iBOT() -> Any:
+    return method("iBOT", global_views, vit(), **HIDING, temperature_teacher=0.4)
+
+
+@listed(METHODS, momentum=TWO_HEADS, sizes=(8, 8, 4))
+def DINOv2() -> Any:
+    """Crops of two sizes."""
+    encoder = vit(dynamic_img_size=True)
+    return method("DINOv2", crops, encoder, **HIDING, temperature_teacher=0.4)
