@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cp_plugin.attack import snapshot
-from cp_plugin.attack.crafting import Crafting, raw_and_mirror
+from cp_plugin.attack.crafting import Crafting
+from cp_plugin.attack.images import raw_and_mirror
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile

@@ -21,19 +21,18 @@ from torch import Tensor
 from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import ATTACHED, MEMBERS, Poison
+from cp_plugin.attack.record import record
 from cp_plugin.attack.start import start
 from cp_plugin.attack.stream_rows import ClassRows
-from cp_plugin.attack.stream_start import raw_at_size, start_on_stream
+from cp_plugin.attack.stream_start import start_on_stream
 from cp_plugin.config.settings import EPOCH, AlternationConfig, UserError
-from cp_plugin.data import RawDataset, RawStream, labels, names_or_numbers, streams
+from cp_plugin.data import RawDataset, RawStream, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
-from cp_plugin.data.canonical import aspects, canonical_size
+from cp_plugin.data.canonical import aspects
 from cp_plugin.data.labels import cluster_name
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
-from cp_plugin.mirror import Mirror, mirror
-from cp_plugin.mirror.channels import with_channels
-from cp_plugin.util.provenance import versions
+from cp_plugin.mirror import Mirror
 
 log = logging.getLogger("cp_plugin")
 
@@ -43,33 +42,6 @@ CLEAN_SHARE = 0.2
 """Part of a craft by cluster that comes before there are clusters, on clean images."""
 DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
-
-
-def raw_and_mirror(
-    dataset: Any, config: AlternationConfig
-) -> tuple[RawDataset | RawStream, Mirror]:
-    """Take the transform off a data set and return what it leaves, and the transform's mirror.
-
-    A transform of one view that the data set calls for each of its views is mirrored as often.
-
-    Args:
-        dataset: a data set or stream of images.
-        config: `image_size` and `fit` are read from it, see `canonical_size`; of a stream what
-            `raw_at_size` says too.
-
-    Raises:
-        UserError: the transform has no mirror, or a stream does not tell what the settings need.
-    """
-    own = RawStream(dataset, None) if streams(dataset) else RawDataset(dataset, None)
-    view_mirror = mirror(own.transform)
-    if view_mirror.views == 1 and own.places > 1:
-        view_mirror = mirror([own.transform] * own.places)
-    view_mirror = with_channels(view_mirror, own)
-    side = view_mirror.resized_side
-    if isinstance(own, RawStream):
-        return raw_at_size(dataset, side, config), view_mirror
-    size = canonical_size(dataset, side, config.image_size, config.fit)
-    return RawDataset(dataset, size, config.fit), view_mirror
 
 
 class Crafting:
@@ -433,7 +405,17 @@ class Crafting:
             attached = attached or {MEMBERS: torch.empty(0, 2, dtype=torch.int64)}
         elif shared and self.config.fraction < 1:
             chosen = self._chosen_keys()
-        info = self._info(int((~moved).sum()))
+        info = record(
+            self.kind,
+            self.host,
+            self.mirror,
+            self.config,
+            self.schedule,
+            self.seed,
+            self._parts_before,
+            int((~moved).sum()),
+        )
+        info |= self.facts
         carry = attached[MEMBERS][:, 0] if MEMBERS in attached else chosen if shared else keys
         if self._images and carry is not None:
             info |= {"fraction": repr(len(carry) / self._images), "images": str(self._images)}
@@ -470,50 +452,3 @@ class Crafting:
             config.pgd_steps,
             self._steps_done,
         )
-
-    def _info(self, rows_not_moved: int) -> dict[str, str]:
-        schedule = {
-            "rounds": self.schedule.rounds,
-            "surrogates": self.config.restarts + 1,
-            "joint": self.config.joint,
-            "model_steps": self.schedule.model_steps,
-            "noise_steps": self.schedule.noise_steps,
-            "pgd_steps": self.schedule.pgd_steps,
-            "step_size": self.config.step_size,
-            "dual_branch": self.config.uses_dual_branch,
-            "momentum_during_noise": "running" if self.config.runs_momentum else "frozen",
-            "surrogate_steps_done": self.schedule.steps_done,
-            "noise_steps_done": self.schedule.noise_steps_done,
-            "rows_not_moved": rows_not_moved,
-        }
-        if self.config.granularity == "cluster":
-            schedule["clean_steps"] = self.schedule.clean_steps
-        part = {
-            "method": self.host.method,
-            "model_steps": self.schedule.steps_done,
-            "noise_steps": self.schedule.noise_steps_done,
-        }
-        covering = {} if self.config.fit == "crop" else {"fit": self.config.fit}
-        return {
-            "poison": self.kind,
-            "host": getattr(self.host.module, "framework_name", self.host.framework),
-            "method": self.host.method,
-            "backbone": _backbone(self.host),
-            "augmentations": repr(self.mirror),
-            "schedule": json.dumps(schedule),
-            "parts": json.dumps([*self._parts_before, part]),
-            "fraction": str(self.config.fraction),
-            "seed": str(self.seed),
-            "versions": json.dumps(versions()),
-            **covering,
-            **self.facts,
-        }
-
-
-def _backbone(host: ModuleHost) -> str:
-    """Return the name of a backbone: the host's own word for it, else the class of its encoder."""
-    named = getattr(host, "backbone_name", None) or getattr(host.module, "backbone_name", None)
-    try:
-        return str(named or type(host.encoder()).__name__)
-    except UserError:
-        return "unknown"

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cp_plugin.attack import snapshot
-from cp_plugin.attack.crafting import Crafting, raw_and_mirror
+from cp_plugin.attack.crafting import Crafting
+from cp_plugin.attack.images import raw_and_mirror
 from cp_plugin.attack.loop import Attack, Schedule, Term
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
