@@ -42,11 +42,11 @@ from cp_plugin.data.order import Endless
 from cp_plugin.data.read_once import read_once
 from cp_plugin.evaluation.clusters import put_into_clusters
 from cp_plugin.hosts.checks import check_module, tell_uncompared
-from cp_plugin.hosts.distributed import share
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.observe import named_networks
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
 from cp_plugin.util.internals import without_torch_functions
+from cp_plugin.util.processes import share
 from cp_plugin.util.seed import run_seed
 
 log = logging.getLogger("cp_plugin")

@@ -22,7 +22,6 @@ from cp_plugin.attack.rows import Rows
 from cp_plugin.config.settings import AlternationConfig, Fit, UserError
 from cp_plugin.data.batch import Batch
 from cp_plugin.data.fit import keeping_grey
-from cp_plugin.hosts.distributed import gathered, share, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients, preserve_state
 from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.protocol import Host, LossRequest, LossRequests, answer
@@ -30,6 +29,7 @@ from cp_plugin.hosts.running import RunningMomentum
 from cp_plugin.mirror import Mirror
 from cp_plugin.mirror.survival import survived
 from cp_plugin.util.internals import without_torch_functions
+from cp_plugin.util.processes import gathered, share, summed
 from cp_plugin.util.seed import derived_seed
 
 Term = Callable[[Tensor, Batch], Tensor]

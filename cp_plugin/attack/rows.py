@@ -10,7 +10,7 @@ from torch import Tensor
 from cp_plugin.attack.key_index import KeyIndex
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.data.batch import Batch
-from cp_plugin.hosts.distributed import gathered
+from cp_plugin.util.processes import gathered
 
 
 @dataclass

@@ -21,8 +21,8 @@ from cp_plugin.attack.snapshot import remove_unnamed
 from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, CraftConfig, Fit, UserError
 from cp_plugin.data import RawDataset, names_or_numbers
 from cp_plugin.data.subset import keys_of_part
-from cp_plugin.hosts.distributed import share
 from cp_plugin.util.memory import available_bytes
+from cp_plugin.util.processes import share
 
 LARGEST_IN_MEMORY = 8 << 30
 """Bytes; a larger perturbation is in a file, as is one that takes more than half of what memory is

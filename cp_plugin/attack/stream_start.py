@@ -17,7 +17,7 @@ from cp_plugin.attack.stream_rows import ClassRows, KeyedRows, NewRows
 from cp_plugin.config.settings import RANDOM, ZERO, AlternationConfig, UserError
 from cp_plugin.data import RawStream, stream_classes
 from cp_plugin.data.canonical import stream_size
-from cp_plugin.hosts.distributed import share
+from cp_plugin.util.processes import share
 
 
 def raw_at_size(stream: Any, resized_side: int | None, config: AlternationConfig) -> RawStream:

@@ -63,7 +63,10 @@ def put_in_order(trainer: Any) -> None:
 
 
 def run_folder(trainer: Any) -> Path:
-    """Return where a run leaves its files; what it is, is the host's to say."""
+    """Return where a run leaves its files; what it is, is the host's to say.
+
+    Processes that train together all ask for it: the first one tells the others.
+    """
     return host_class(trainer.lightning_module).run_folder(trainer)
 
 

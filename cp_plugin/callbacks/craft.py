@@ -90,6 +90,7 @@ class CraftPoison(Callback):
         """The user's own `max_steps`, below 0 for none, where training ends by ours; else None."""
         self.placed: Placing | None = None
         """What a poison by cluster carries to tell the cluster of a new image; None: nothing."""
+        self._run_folder: Path | None = None
         self._surplus = 0
         """How many more steps the optimizers have made than there were model steps."""
 
@@ -130,6 +131,7 @@ class CraftPoison(Callback):
 
     @random_state_kept()
     def _start(self, trainer: Any, pl_module: Any) -> None:
+        self._run_folder = run_folder(trainer)
         if self.path.exists() and self._resumed is None and not trainer.fast_dev_run:
             raise UserError(
                 f"{self.path} exists and a poison is never overwritten; set poison.dir to another "
@@ -202,8 +204,13 @@ class CraftPoison(Callback):
 
     @property
     def folder(self) -> Path:
-        """Where poison and snapshots go; the run's folder may be known only as training starts."""
-        return Path(self.config.dir) if self.config.dir else run_folder(self._trainer)
+        """Where poison and snapshots go; the run's folder may be known only as training starts.
+
+        From then on a process need not ask the others for it.
+        """
+        if self.config.dir:
+            return Path(self.config.dir)
+        return run_folder(self._trainer) if self._run_folder is None else self._run_folder
 
     @property
     def path(self) -> Path:
@@ -282,19 +289,20 @@ class CraftPoison(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write delta beside the checkpoint and the rest of the state into it."""
-        if not trainer.is_global_zero:  # only the first process writes the checkpoint
+        resumption = self._resumption.state()  # all processes say what they have seen
+        if not trainer.is_global_zero:  # only the first one writes the checkpoint
             return
         checkpoint["cp_plugin"] = {
             "steps_done": self.schedule.steps_done,
             "facts": self.crafting.facts,
             "surplus": self._surplus,
-            "resumption": self._resumption.state(),
+            "resumption": resumption,
             "snapshot": snapshot.save(
                 self.folder,
                 trainer.global_step,
                 self.attack.perturbation,
                 self.crafting.tensors(),
-                _checkpoint_folders(trainer),
+                [self._run_folder or self.folder, *_checkpoint_folders(trainer)],
             ),
         }
         if self._restarts is not None:
@@ -363,7 +371,7 @@ class CraftPoison(Callback):
 def _checkpoint_folders(trainer: Any) -> list[Path]:
     """Return where the checkpoints of a run are, as far as its callbacks say."""
     said = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return [run_folder(trainer), *(Path(folder) for folder in said if folder)]
+    return [Path(folder) for folder in said if folder]
 
 
 def _least(limit: int | None, ours: int) -> int:

@@ -208,9 +208,11 @@ class Journal(Callback):
     def _write(self, trainer: Any) -> None:
         new = self._monitor.results[self._written :]
         self._written += len(new)
-        if not new or not trainer.is_global_zero:
+        if not new:
             return
         path = Path(self._folder or run_folder(trainer)) / KNN_FILE
+        if not trainer.is_global_zero:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not path.exists()
         with path.open("a", newline="", encoding="utf8") as file:

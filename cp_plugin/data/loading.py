@@ -131,12 +131,17 @@ def samplers_and_parts(loader: Any) -> Iterator[Any]:
 class Counters:
     """Plain values of samplers: one that counts its iterations draws each order from the count.
 
-    A sampler with `set_epoch` is told its epoch and is left out.
+    A sampler with `set_epoch` is told its epoch and is left out. So are those of torch, which count
+    nothing: a run may go on with another batch size, and in another number of processes.
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
         own = {id(one): one for one in owners if hasattr(one, "__dict__")}
-        self._owners = [one for one in own.values() if not hasattr(one, "set_epoch")]
+        self._owners = [
+            one
+            for one in own.values()
+            if not hasattr(one, "set_epoch") and type(one).__module__.partition(".")[0] != "torch"
+        ]
 
     def now(self) -> list[dict[str, Any]]:
         """Return the values of each sampler by name: numbers, text and None."""

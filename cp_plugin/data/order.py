@@ -2,7 +2,8 @@
 
 An order is drawn as an epoch begins, from the global generators or from those of loader and
 sampler. What they were then, and how many batches have been used since, is enough to draw it again;
-what workers had fetched in advance is drawn a second time.
+what workers had fetched in advance is drawn a second time. Of several processes that train together
+all draw theirs again or none does; there may be another number of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.loading import Counters, renew_iterators, samplers, samplers_and_parts
+from cp_plugin.util.processes import share, total
 from cp_plugin.util.random_state import RandomState, generator_state
 
 log = logging.getLogger("cp_plugin")
@@ -46,7 +48,7 @@ class Order:
         """Batches of an epoch; an iteration that goes on after them is not taken up again."""
         self._begun: dict[str, Any] | None = None
         self._sums: list[int] = []
-        """A running checksum of the rows of each batch of the epoch."""
+        """Checksums of this process's rows in the first batch of the epoch, in the first two, …"""
         self._resumed: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -72,11 +74,11 @@ class Order:
     def state(self, used: int) -> dict[str, Any] | None:
         """Return what brings the order back after so many batches of the epoch; plain values.
 
-        None: it cannot be brought back.
+        None: it cannot be brought back. Processes that train together all ask for it.
         """
         if self._begun is None or not 0 < used <= len(self._sums) <= self._length:
             return None
-        return {**self._begun, "used": used, "sum": self._sums[used - 1]}
+        return {**self._begun, "used": used, "sum": total(self._sums[used - 1])}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the batches that a state had used when it is iterated next."""
@@ -113,7 +115,7 @@ class Order:
             left: Iterator[Any] = iter(self.inner)
             for rows in itertools.islice(left, state["used"]):
                 sums.append(_sum(rows, sums))
-            if sums and sums[-1] == state["sum"]:
+            if total(sums[-1] if sums else 0) == state["sum"]:
                 self._begun, self._sums = {key: state[key] for key in own if key in state}, sums
                 return left
         finally:
@@ -193,7 +195,15 @@ def _length(sampler: Any) -> int:
 
 
 def _sum(rows: Any, before: list[int]) -> int:
-    return zlib.crc32(repr(rows).encode(), before[-1] if before else 0)
+    """Return the checksum of a batch and those before it; over all processes these add up.
+
+    Each image counts with its batch and its place among those of all processes.
+    """
+    own = share()
+    rows = list(rows) if isinstance(rows, Iterable) else [rows]
+    places = range(own.rank, own.rank + len(rows) * own.processes, own.processes)
+    found = (f"{len(before)} {place} {row!r}" for place, row in zip(places, rows, strict=True))
+    return sum((zlib.crc32(one.encode()) for one in found), before[-1] if before else 0)
 
 
 def _is_torch(generator: Any) -> bool:

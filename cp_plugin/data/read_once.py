@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from cp_plugin.config.settings import CacheMode, UserError
@@ -26,6 +25,7 @@ from cp_plugin.data.raw import RawDataset
 from cp_plugin.data.raw_images import Item
 from cp_plugin.data.raw_stream import RawStream
 from cp_plugin.util.memory import available_bytes
+from cp_plugin.util.processes import share
 from cp_plugin.util.random_state import RandomState
 
 log = logging.getLogger("cp_plugin")
@@ -60,7 +60,7 @@ def read_once(
     bytes_ = len(raw) * (item.image.nbytes + 8 + _pickled(item.sample))
     height, width = item.image.shape[1:]
     told = f"{len(raw):,} of {height} x {width} pixels, {_readable(bytes_)}"
-    free = available_bytes() // _processes()
+    free = available_bytes() // share().processes  # all may be here
     if mode == "auto" and bytes_ > free // SHARE:
         log.info(
             "images are decoded at every step: %s, more than a quarter of the %s of memory that "
@@ -75,11 +75,6 @@ def read_once(
         log.info("images are read at every step, since not all can be kept: %s", error)
         return
     log.info("images are read once and kept in memory: %s (data.cache)", told)
-
-
-def _processes() -> int:
-    """Return how many processes train together; all may be on this machine."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _changing(raw: RawDataset) -> str | None:

@@ -16,7 +16,7 @@ from cp_plugin.attack.crafting import Crafting
 from cp_plugin.config.settings import CraftConfig
 from cp_plugin.data import Canonical, RawDataset
 from cp_plugin.evaluation.metrics import features
-from cp_plugin.hosts.distributed import of_first
+from cp_plugin.util.processes import of_first
 from cp_plugin.util.random_state import random_state_kept
 
 log = logging.getLogger("cp_plugin")

@@ -16,9 +16,9 @@ from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.settings import complete
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import knn
-from cp_plugin.hosts.distributed import gathered, summed
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients
 from cp_plugin.mirror import mirror
+from cp_plugin.util.processes import gathered, summed
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
