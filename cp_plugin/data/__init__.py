@@ -11,7 +11,7 @@ changed), `picture_cache` (pictures decoded once), `canonical` (which size is ca
 (delta at any size), `datasets` (`data.dataset` by name).
 """
 
-from cp_plugin.data.datasets import FlatFolder, load
+from cp_plugin.data.datasets import FlatFolder, load, no_downloads
 from cp_plugin.data.image import Canonical, image_key
 from cp_plugin.data.labels import class_names, labels, names_or_numbers
 from cp_plugin.data.photos import Photos
@@ -38,6 +38,7 @@ __all__ = [
     "labels",
     "load",
     "names_or_numbers",
+    "no_downloads",
     "stream_classes",
     "streams",
 ]

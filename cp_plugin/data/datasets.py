@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96}
 ARCHIVES = tuple(SIDES)
 NAMES = ("photos", *ARCHIVES, *FOLDERS, CACHED)
 DEFAULT_ROOT = "./datasets"
+_downloads = ContextVar("downloads", default=True)
+"""Whether torchvision's data sets may be downloaded to where they are not."""
 
 
 class FlatFolder(Dataset[tuple[Any, int]]):
@@ -101,6 +105,16 @@ class ClassFolder(ImageFolder):  # type: ignore[misc]
         return Path(path).relative_to(root).parts[0]
 
 
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Load only what is there, for configurations that are not the user's own."""
+    before = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(before)
+
+
 def load(
     name: str,
     train_path: str | Path | None = None,
@@ -150,6 +164,12 @@ def _archive(name: str, train: bool, root: Path, other_root: str | Path | None =
                 return _torchvision(name, train, Path(place), download=False)
             except RuntimeError:
                 continue
+    if not _downloads.get():
+        raise UserError(
+            f"{name} is not in {root}, and a study downloads nothing to where its file says; put "
+            "torchvision's files there, as `cp-plugin pretrain` with the same data does by itself, "
+            "or have data.train_path say the folder that has them."
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         return _torchvision(name, train, root, download=True)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cp_plugin.apps.engine_runs import EngineRun
 from cp_plugin.apps.export import export
-from cp_plugin.apps.study import study
+from cp_plugin.apps.study import run_here, study
 from cp_plugin.apps.study.overrides import check_launcher, check_overrides
 from cp_plugin.apps.study.settings import read as read_study
 from cp_plugin.attack.perturbation import Perturbation
@@ -86,6 +86,7 @@ def test_a_few_lines_of_yaml_that_stand_for_billions_are_refused(tmp_path: Path)
         ({"base": ["+optimizer._target_=os.system"]}, "names no classes"),
         ({"base": ["+backbone.kwargs={a: {_target_: os.system}}"]}, "names no classes"),
         ({"base": ["+backbone.kwargs.checkpoint_path=/tmp/a.pth"]}, "no files of weights"),
+        ({"base": ["+backbone.kwargs.pretrained=true"]}, "no files of weights"),
         ({"base": ["+poison=../../../tmp/evil"]}, "no configurations from elsewhere"),
         ({"base": ["data=/tmp/evil"]}, "no configurations from elsewhere"),
         ({"base": ["optimizer.name=${oc.env:SECRET}"]}, "environment variables in"),
@@ -109,6 +110,28 @@ def test_a_study_of_a_strangers_says_what_is_trained_and_nothing_else(
         study(str(tmp_path / "study.yaml"), tmp_path / "out")
     assert "nobody should read" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize("place", ["there", "elsewhere"])
+def test_a_study_downloads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("something was downloaded")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
+    (tmp_path / "there").mkdir()
+    grid = [{"poisons": ["none"], "victims": ["simclr"], "seeds": [0]}]
+    base = ["data=cifar10", f"data.train_path={tmp_path / place}", "data.val_path=null"]
+    node = {"base": base, "poisons": {}, "backbones": {"tiny": []}, "grid": grid}
+    (tmp_path / "study.yaml").write_text(json.dumps(node), encoding="utf8")
+    run_here(read_study(str(tmp_path / "study.yaml")), tmp_path / "out")
+    (state,) = (json.loads(one.read_text()) for one in (tmp_path / "out/cells").glob("*.json"))
+    assert state["status"] == "failed"
+    assert "a study downloads nothing to where its file says" in state["reason"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["out", "study.yaml", "there"]
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_what_a_study_needs_of_the_environment_and_of_a_launcher_it_may_say(

@@ -14,6 +14,7 @@ from cp_plugin.apps.hydra_app import compose, pretrain
 from cp_plugin.apps.study.plan import Cell
 from cp_plugin.apps.study.state import FAILED, FINISHED, RUNNING, Folder
 from cp_plugin.config.settings import UserError
+from cp_plugin.data import no_downloads
 from cp_plugin.util.run_files import POISON_FILE
 
 log = logging.getLogger("cp_plugin")
@@ -39,7 +40,8 @@ class RunCell:
             self._folder.note(cell, RUNNING, self._call)
             started = time.perf_counter()
             try:
-                found = _work(self._folder, cell)
+                with no_downloads():  # the study's file may be from elsewhere
+                    found = _work(self._folder, cell)
             except (Exception, SystemExit) as error:  # whatever it is, the other cells go on
                 log.error("%s failed: %s", cell.name, error)
                 reason = str(error) if isinstance(error, UserError) else repr(error)

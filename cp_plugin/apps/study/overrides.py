@@ -20,8 +20,8 @@ from cp_plugin.config.settings import UserError
 
 OWN = ("name", "checkpoint.dir", "poison.dir", "cell")
 """What a study sets itself."""
-FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments of timm's models that name files or folders."""
+FILES = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of timm's models that name files or folders, or fetch weights."""
 DATA_PATHS = ("data.train_path", "data.val_path")
 PLAIN = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 """Interpolation of another value of the configuration."""
