@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from cp_plugin.hosts.gradients import check_momentum_gradients, momentum_gradients
+from tests.support.processes import in_processes, of_rank
 
 BATCH, WIDTH, WORLD = 6, 5, 2
 
@@ -80,22 +81,19 @@ def gradient(how: str, rows: slice, distributed: bool) -> Tensor:
     return torch.autograd.grad(loss, delta)[0]
 
 
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+def run(rank: int, folder: Path) -> None:
     original = dist.all_gather
     half = BATCH // WORLD
     rows = slice(rank * half, (rank + 1) * half)
     results = {how: gradient(how, rows, True) for how in ("no_grad", "function")}
     assert dist.all_gather is original
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, of_rank(folder, rank))
 
 
 def test_gradient_through_gathered_keys(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=WORLD)
+    in_processes(WORLD, run, tmp_path)
     for how in ("no_grad", "function"):
-        parts = [torch.load(tmp_path / f"{rank}.pt")[how] for rank in range(WORLD)]
+        parts = [torch.load(of_rank(tmp_path, rank))[how] for rank in range(WORLD)]
         whole = gradient(how, slice(None), False)
         assert torch.allclose(torch.cat(parts) / WORLD, whole, rtol=1e-4, atol=1e-7)
 
