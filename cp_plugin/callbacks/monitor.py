@@ -124,9 +124,12 @@ class KNNMonitor(Callback):
         results = {"knn_clean_bank": self._knn(self._bank, query)}
         if self._poison is not None:
             results["knn_poisoned_bank"] = self._knn(self._bank.poisoned(self._poison()), query)
-        for name, result in results.items():
-            if module_to_log is not None:
-                module_to_log.log(name, result.accuracy, prog_bar=True, batch_size=1)
+        found = {name: result.accuracy for name, result in results.items()}
+        for name, accuracy in found.items() if module_to_log is not None else ():
+            module_to_log.log(name, accuracy, prog_bar=True, batch_size=1)
+        if module_to_log is None:  # training is over, and Lightning passes nothing on any more
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
         clean = results["knn_clean_bank"]
         losses, self._losses = self._losses, []
         self.results.append(
@@ -137,7 +140,7 @@ class KNNMonitor(Callback):
                 "k": clean.k,
                 "temperature": clean.temperature,
                 "loss": float(torch.stack(losses).mean()) if losses else None,
-                **{name: result.accuracy for name, result in results.items()},
+                **found,
             }
         )
 

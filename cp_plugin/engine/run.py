@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,6 +29,7 @@ from cp_plugin.engine.base import Method
 from cp_plugin.engine.checkpoints import WholeCheckpoints, check_checkpoint
 from cp_plugin.engine.clusters import placement
 from cp_plugin.engine.compatibility import check_method, name_classes
+from cp_plugin.engine.loggers import run_loggers
 from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.pipeline import build_pipeline
 from cp_plugin.engine.precision import fast_on_processor
@@ -88,7 +88,7 @@ def run(cfg: DictConfig, watching: Sequence[Callback] = ()) -> dict[str, Any]:
         sync_batchnorm=settings.sync_batchnorm,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         callbacks=callbacks,
-        logger=list(_loggers(folder, settings)),
+        logger=list(run_loggers(folder, settings)),
         plugins=[WholeCheckpoints()],
         default_root_dir=folder,
         enable_progress_bar=False,
@@ -176,7 +176,7 @@ def _folder(
     """
     unnamed = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(unnamed, dict)
-    for key in ("auto_resume", "checkpoint", "wandb", "hydra"):
+    for key in ("auto_resume", "checkpoint", "wandb", "logger", "hydra"):
         unnamed.pop(key, None)
     unnamed["data"].pop("cache")  # it changes no pixel
     unnamed["precision"] = precision
@@ -260,18 +260,6 @@ def _placed(
     """Return what a poison by cluster carries to place further images, see `Placing`."""
     made = placement(encoder, cfg, centres)
     return made.tensors(), made.info()
-
-
-def _loggers(folder: Path, cfg: DictConfig) -> Iterable[Logger]:
-    yield CSVLogger(folder, name="", version="logs")
-    try:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        yield TensorBoardLogger(folder, name="", version="logs")
-    except ModuleNotFoundError:
-        pass
-    if OmegaConf.select(cfg, "wandb.enabled", default=False):
-        log.warning("the embedded engine logs to CSV and TensorBoard; wandb is left out")
 
 
 def _devices(devices: Any) -> Any:

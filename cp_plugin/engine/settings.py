@@ -91,7 +91,8 @@ def complete(cfg: DictConfig) -> DictConfig:
     The learning rate is given for 256 images a step: it is multiplied by the images that all
     devices take a step, over 256, and by the batches that gradients are accumulated over. That
     `optimizer.lr_is_scaled` is then true keeps a completed configuration from being scaled again.
-    Keys that the engine has no use for (`wandb`, `classifier_lr`, `knn_eval`, `dali`, …) stay.
+    Keys that are not of training (`wandb`, `logger`), and those that the engine has no use for
+    (`classifier_lr`, `knn_eval`, `dali`, …), stay.
 
     Args:
         cfg: a configuration in solo-learn's schema; it is not changed.
