@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.row_file import RowFile
 from cp_plugin.data import image_key
 from cp_plugin.util.whole_files import NoRoom
+from tests.kills import SCENARIOS
+from tests.support.applications import Ran
 
 EPS, SIDE, COUNT = 8 / 255, 64, 12
 ROW = 3 * SIDE * SIDE
@@ -122,3 +125,40 @@ def test_an_export_goes_on_when_there_is_room(disk: Callable[[int], Path], tmp_p
     whole = {one.name: one.read_bytes() for one in (tmp_path / "whole").rglob("*.png")}
     assert len(whole) == COUNT
     assert {one.name: one.read_bytes() for one in (folder / "out").rglob("*.png")} == whole
+
+
+def room(folder: Path) -> int:
+    """Bytes that a folder takes on a disk of pages."""
+    pages = sum(-(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
+    return 4096 * (pages + sum(path.is_dir() for path in folder.rglob("*")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), [("craft", 0.5), ("protect", 0.6), ("study", 0.5)])
+def test_a_command_that_finds_no_room_goes_on_to_what_it_would_have_left(
+    disk: Callable[[int], Path],
+    call: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    part: float,
+) -> None:
+    scenario, whole, folder = SCENARIOS[name], tmp_path / "whole", disk(1 << 28)
+    for place in (whole, folder):
+        place.mkdir(exist_ok=True)
+        scenario.prepare(place, place)
+    before = room(folder)
+    monkeypatch.chdir(whole)
+    assert call(*scenario.arguments).code == 0
+    monkeypatch.chdir(folder)
+    disk(before + int(part * (room(whole) - before)))
+    found = call(*scenario.arguments)
+    told = found.out + found.err
+    assert found.code == 2, told
+    assert "Traceback" not in told
+    assert re.search(r"\S+ cannot be written, since there is no room left on the disk", told)
+    assert "make room and run the same command again" in told
+    scenario.result(folder)  # what is there can be read
+    disk(1 << 28)
+    assert call(*scenario.arguments).code == 0
+    assert scenario.result(folder) == scenario.result(whole)
