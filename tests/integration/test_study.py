@@ -238,7 +238,7 @@ def test_only_hydra_is_set_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["photos", "cifar10", "cifar10_gpu", "schedules", "augment", "demo", "protect"]
+    "name", ["photos", "cifar10", "cifar10_gpu", "schedules", "rows", "augment", "demo", "protect"]
 )
 def test_the_cells_of_the_shipped_studies_that_need_no_defence_compose(name, monkeypatch):
     monkeypatch.setenv("CIFAR10", ".")
