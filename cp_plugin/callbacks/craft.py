@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cp_plugin.attack.loop import Attack, Schedule, Term
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import POISON, VIEWS, Callback, prepare_fit, run_folder
 from cp_plugin.callbacks.loader_hooks import LoaderHooks, check_batches, training_loader
+from cp_plugin.callbacks.lost import tell_lost
 from cp_plugin.callbacks.restart import Restarts
 from cp_plugin.callbacks.resumption import Resumption
 from cp_plugin.config.settings import (
@@ -91,6 +93,7 @@ class CraftPoison(Callback):
         self.placed: Placing | None = None
         """What a poison by cluster carries to tell the cluster of a new image; None: nothing."""
         self._run_folder: Path | None = None
+        self._parent = os.getppid()
         self._surplus = 0
         """How many more steps the optimizers have made than there were model steps."""
 
@@ -286,6 +289,7 @@ class CraftPoison(Callback):
         """Give module and loader their own back when training breaks off."""
         if hasattr(self, "_hooks"):
             self._hooks.stop()
+        tell_lost(trainer, exception, self._parent)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write delta beside the checkpoint and the rest of the state into it."""

@@ -9,6 +9,7 @@ tested.
 from __future__ import annotations
 
 from collections.abc import Callable
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ __all__ = [
     "is_view",
     "iterates_anew",
     "job_result",
+    "launched",
+    "launched_here",
     "own_modules",
     "pop_function_mode",
     "push_function_mode",
@@ -172,6 +175,19 @@ def training_source(trainer: Any) -> Any:
 def trainer_of(module: Any) -> Any:
     """Return the trainer that runs a LightningModule, None where none does."""
     return getattr(module, TRAINER_NAMES[0], None)
+
+
+def launched_here(trainer: Any) -> bool:
+    """Whether the processes of a run are those that Lightning's first one starts by itself."""
+    launcher = trainer.strategy.launcher
+    environment = getattr(launcher, "cluster_environment", None)
+    kinds = (type(launcher).__name__, type(environment).__name__)
+    return kinds == ("_SubprocessScriptLauncher", "LightningEnvironment")
+
+
+def launched(trainer: Any) -> list[Popen[Any]]:
+    """Return the processes that the first one of a node has started; of others none."""
+    return list(trainer.strategy.launcher.procs)
 
 
 def job_result(job_return: Any) -> Any:

@@ -205,3 +205,13 @@ def test_the_backbones_of_solo_learn(solo_learn: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(solo_learn)
     base = pytest.importorskip("solo.methods.base").BaseMethod
     assert "resnet18" in internals.backbones(base)
+
+
+def test_who_starts_the_processes_of_a_run() -> None:
+    """lightning: _SubprocessScriptLauncher.procs, .cluster_environment"""
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "barebones": True}
+    several = pl.Trainer(devices=2, strategy="ddp", **settings)
+    assert internals.launched_here(several)
+    assert internals.launched(several) == []
+    assert not internals.launched_here(pl.Trainer(devices=2, strategy="ddp_spawn", **settings))
+    assert not internals.launched_here(pl.Trainer(devices=1, **settings))
