@@ -26,7 +26,8 @@ spt = pytest.importorskip(
 # Lightning, Hydra and stable-pretraining warn of their own uses of what is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CONFIGURATION = Path(__file__).parents[1] / "examples" / "spt_simclr.yaml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+METHODS = ("simclr", "byol")
 CRAFT = ("+poison=cp", "poison.rounds=1", "poison.pgd_steps=1")
 
 
@@ -39,7 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path / "cache"))
     before = spt.get_config().cache_dir
     spt.set(cache_dir=str(tmp_path / "cache"))
-    shutil.copy(CONFIGURATION, tmp_path / "simclr.yaml")
+    for method in METHODS:
+        shutil.copy(EXAMPLES / f"spt_{method}.yaml", tmp_path / f"{method}.yaml")
     for split, train in (("train", True), ("validation", False)):
         photos = Photos(train=train, patches=2)
         for number, (pixels, label) in enumerate(zip(photos.data, photos.targets, strict=True)):
@@ -50,16 +52,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     spt.set(cache_dir=before)
 
 
-def run(monkeypatch: Any, capsys: Any, folder: Path, *overrides: str) -> Any:
+def run(
+    monkeypatch: Any, capsys: Any, folder: Path, *overrides: str, method: str = "simclr"
+) -> Any:
     """Call what `spt run` starts, in this process."""
     main = importlib.import_module("stable_pretraining.run").main
-    where = ["--config-path", str(folder), "--config-name", "simclr"]
+    where = ["--config-path", str(folder), "--config-name", method]
     monkeypatch.setattr(sys, "argv", ["spt", *where, *overrides])
     return ran(main, capsys)
 
 
-def test_craft_then_victim_then_knn(folder, monkeypatch, capsys):
-    command = (sys.executable, "-m", "stable_pretraining.cli", "run", "simclr.yaml", *CRAFT)
+@pytest.mark.parametrize("method", METHODS)
+def test_craft_then_victim_then_knn(method, folder, monkeypatch, capsys):
+    command = (sys.executable, "-m", "stable_pretraining.cli", "run", f"{method}.yaml", *CRAFT)
     made = subprocess.run(
         (*command, "trainer.max_epochs=1"),
         capture_output=True,
@@ -71,10 +76,12 @@ def test_craft_then_victim_then_knn(folder, monkeypatch, capsys):
     file = only(folder, "poison.safetensors")
     assert file.is_relative_to(folder / "outputs")
     poison = Poison.load(file)
-    assert (poison.info["host"], poison.info["method"]) == ("stable-pretraining", "simclr")
+    assert (poison.info["host"], poison.info["method"]) == ("stable-pretraining", method)
+    branch = "none" if method == "simclr" else "backbone.teacher, projector.teacher"
+    assert f"momentum branch of {method}: {branch}" in made.stdout + made.stderr
     assert len(poison.perturbation) == 24
     inject = ("+poison=inject", f"poison.path={file}", "+monitor=knn", "monitor.every_n_epochs=1")
-    victim = run(monkeypatch, capsys, folder, *inject)
+    victim = run(monkeypatch, capsys, folder, *inject, method=method)
     assert victim.code == 0, victim.err[-4000:]
     with only(folder, "knn.csv").open() as written:
         found = list(csv.DictReader(written))
