@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -141,6 +141,23 @@ class Counters:
             one
             for one in own.values()
             if not hasattr(one, "set_epoch") and type(one).__module__.partition(".")[0] != "torch"
+        ]
+        self._first = self.now()
+        self._moving: list[set[str]] = [set() for _ in self._owners]
+        """Names of values that have been others than at first."""
+
+    def moving(self, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return those values of `now`, of today or earlier, that a checkpoint needs.
+
+        What a sampler was made with and keeps, such as the number of its process, is another in
+        another process.
+        """
+        for held in (values, self.now()):
+            for names, first, those in zip(self._moving, self._first, held, strict=False):
+                names.update(name for name, value in those.items() if first.get(name) != value)
+        return [
+            {name: value for name, value in those.items() if name in names}
+            for names, those in zip(self._moving, values, strict=False)
         ]
 
     def now(self) -> list[dict[str, Any]]:

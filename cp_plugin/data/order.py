@@ -78,23 +78,29 @@ class Order:
         """
         if self._begun is None or not 0 < used <= len(self._sums) <= self._length:
             return None
-        return {**self._begun, "used": used, "sum": total(self._sums[used - 1])}
+        counts = self._counters.moving(self._begun.get("counts", []))
+        return {**self._begun, "counts": counts, "used": used, "sum": total(self._sums[used - 1])}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the batches that a state had used when it is iterated next."""
         self._resumed = state
 
     def sources(self) -> dict[str, Any]:
-        """Return what the loader itself draws orders from; plain values.
+        """Return what the loader itself draws orders from, for a checkpoint; plain values.
 
         `generators`: states of its generators, None for one that is not torch's; `counts`: plain
-        values of its samplers, by name.
+        values of its samplers that have moved, by name.
         """
+        here = self.sources_here()
+        return {**here, "counts": self._counters.moving(here["counts"])}
+
+    def sources_here(self) -> dict[str, Any]:
+        """Return the same with all values of the samplers, for this process alone."""
         states = [one.get_state() if _is_torch(one) else None for one in self._generators]
         return {"generators": states, "counts": self._counters.now()}
 
     def restore_sources(self, state: dict[str, Any]) -> None:
-        """Put back what `sources` returned, which a larger state may hold."""
+        """Put back what `sources` or `sources_here` returned, which a larger state may hold."""
         for one, own in zip(self._generators, state["generators"], strict=False):
             if own is not None:
                 one.set_state(own)
@@ -102,7 +108,7 @@ class Order:
 
     def _now(self) -> dict[str, Any]:
         epochs = [getattr(one, "epoch", None) for one in self._with_epochs]
-        return {"random": RandomState().plain(), "epochs": epochs, **self.sources()}
+        return {"random": RandomState().plain(), "epochs": epochs, **self.sources_here()}
 
     def _replayed(self, state: dict[str, Any]) -> Iterator[Any] | None:
         """Return what is left of an epoch, None where it cannot be drawn as it was."""
@@ -172,7 +178,7 @@ class Endless:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a state was; draws nothing from the global generators."""
-        random, own = RandomState(), self._order.sources()
+        random, own = RandomState(), self._order.sources_here()
         self._order.restore(state)
         self._begin()
         self._used = state["used"]

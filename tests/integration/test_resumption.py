@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks import CraftPoison
+from cp_plugin.data.order import Order
 from tests.support.small_runs import TWO_CROPS, Pictures, Small
 
 pytestmark = [
@@ -151,3 +152,18 @@ def test_an_order_that_cannot_be_restored_is_said_to_be_drawn_anew(craft, caplog
     with caplog.at_level(logging.WARNING, "cp_plugin"):
         craft(loader(), "step=6.ckpt")
     assert "drawn anew" in caplog.text
+
+
+def test_what_a_sampler_was_made_with_is_not_carried_to_another_process():
+    def made(process: int) -> Order:
+        sampler = Counting(16)
+        sampler.process = process
+        return Order(DataLoader(Pictures(TWO_CROPS), 4, sampler=sampler))
+
+    first, second = made(0), made(1)
+    for _ in range(2):
+        list(first)
+    saved = first.sources()
+    second.restore_sources(saved)
+    kept = vars(second.inner.sampler)
+    assert (kept["turn"], kept["process"], kept["count"]) == (2, 1, 16)
