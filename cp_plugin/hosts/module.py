@@ -139,17 +139,39 @@ class ModuleHost(Host):
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Return features (B, D) of normalised images, wherever these are, in eval mode."""
+        """Return features (B, D) of normalised images, wherever these are, in eval mode.
+
+        Raises:
+            UserError: what the encoder returns holds no features.
+        """
         encoder = self.encoder()
         modes = {child: child.training for child in encoder.modules()}
         encoder.eval()
         try:
             with self._precision():
-                features: Tensor = encoder(_of_weights(images_BCHW, encoder))
+                returned = encoder(_of_weights(images_BCHW, encoder))
         finally:
             for child, training in modes.items():
                 child.training = training
-        return features.flatten(1).float()
+        return _features(returned, encoder).flatten(1).float()
+
+
+def _features(returned: Any, encoder: nn.Module) -> Tensor:
+    """Return the features in what an encoder returns, (B, …).
+
+    A model of Hugging Face's returns its last hidden state: that of the class token of a
+    transformer, the mean over places of a convolutional network.
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    hidden = getattr(returned, "last_hidden_state", None)
+    if isinstance(hidden, Tensor):
+        return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden[:, 0]
+    raise UserError(
+        f"the encoder {type(encoder).__name__} returns {type(returned).__name__}, and features are "
+        "read from a tensor or from last_hidden_state; name another network with "
+        "KNNMonitor(encoder=…)."
+    )
 
 
 def _of_weights(images: Tensor, encoder: nn.Module) -> Tensor:

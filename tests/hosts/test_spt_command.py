@@ -27,7 +27,7 @@ spt = pytest.importorskip(
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-METHODS = ("simclr", "byol")
+METHODS = ("simclr", "byol", "dino")
 CRAFT = ("+poison=cp", "poison.rounds=1", "poison.pgd_steps=1")
 
 

@@ -54,11 +54,12 @@ def _signal_to_noise(before: NDArray[Any], after: NDArray[Any]) -> float:
 
 def side_by_side(looks: Sequence[Look], path: Path) -> None:
     """Write originals, protected pictures and their difference, amplified around grey, in rows."""
-    sheet = Image.new("RGB", (3 * SIDE, len(looks) * SIDE), "white")
+    height, width = np.max([look.before.shape[:2] for look in looks], axis=0).tolist()
+    sheet = Image.new("RGB", (3 * width, len(looks) * height), "white")
     for row, look in enumerate(looks):
         difference = look.after.astype(np.int16) - look.before
         shown = (128 + AMPLIFIED * difference).clip(0, 255).astype(np.uint8)
         for column, pixels in enumerate((look.before, look.after, shown)):
             image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            sheet.paste(image, (column * SIDE, row * SIDE))
+            sheet.paste(image, (column * width, row * height))
     sheet.save(path, "PNG")
