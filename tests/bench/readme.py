@@ -295,6 +295,28 @@ def store(results: list[Result]) -> str:
     return "\n".join([*lines, "", f"{newest['what']}. {source(newest)}"])
 
 
+def stream(results: list[Result]) -> str:
+    """Peak memory of crafts on streams, and how a keyed one differs from that by row."""
+    newest = results[-1]
+    titles = {
+        "by_class": "a stream, class-wise",
+        "by_key": "a stream, a row an image by key",
+        "by_row": "a map-style data set, a row an image",
+    }
+    lines = ["| craft on | images | peak, MB | seconds of one processor |", "|---|---|---|---|"]
+    for row in newest["rows"]:
+        cells = (
+            titles[row["case"]],
+            f"{row['images']:,}",
+            f"{row['peak_megabytes']:,.0f}",
+            f"{row['cpu_seconds']:,.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    different = newest["values_that_differ_between_by_key_and_by_row"]
+    text = f"Values of delta that differ between the two crafts of a row an image: {different}."
+    return "\n".join([*lines, "", f"{text} {newest['what']}. {source(newest)}"])
+
+
 def solo_methods() -> str:
     """Every method of solo-learn: what the conformance suite serves, what is refused and why."""
     lines = ["| method | served | momentum branch |", "|---|---|---|"]
@@ -343,10 +365,12 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "loader": loader,
     "mirror": mirror,
     "photos": study,
+    "rows": study,
     "schedules": curves,
     "solo": solo,
     "step": step,
     "store": store,
+    "stream": stream,
     "survival": survival,
     "whole": whole,
 }
