@@ -13,7 +13,8 @@ from cp_plugin.data.fit import keeping_grey
 
 CARRIED = 0.25
 """Share of delta from which images are taken to carry it. Clean images carry about 0; pictures that
-delta was brought to the size of, and that are brought back to its own, carry about 0.45."""
+delta was brought to the size of, and that are brought back to its own, carry about 0.45. Pictures
+of black and white pixels alone lose half of delta and are not told."""
 CERTAIN = 10.0
 """Standard errors that the share has to be away from 0."""
 

@@ -26,7 +26,7 @@ from cp_plugin.attack.start import start
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import FlatFolder, RawDataset
 from cp_plugin.engine.placement import Placement
-from tests.support.mixed_pictures import BROKEN, write_broken, write_mixed
+from tests.support.mixed_pictures import BROKEN, KINDS, write_broken, write_mixed
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -319,8 +319,9 @@ def test_pictures_that_were_protected_are_not_protected_again(
     poison_file = by_cluster.with_name("clustered-poison") / "poison.safetensors"
     with pytest.raises(UserError, match="carries a perturbation of this poison already"):
         protect([by_cluster], tmp_path / "out", QUICK, poison_file)
-    # Delta has no detail left in flat pictures and in those of a few pixels.
-    assert len(list((tmp_path / "out").rglob("*.png"))) <= 4
+    # Black and white pixels alone take half of delta at most, and their own detail drowns it.
+    kinds = {KINDS[int(file.stem[-4:]) % len(KINDS)] for file in (tmp_path / "out").rglob("*.png")}
+    assert kinds <= {"bits.png"}
 
 
 def test_what_is_there_already_needs_nothing_that_trains(
