@@ -6,6 +6,7 @@ nothing but their pixels tells that a second time would be one too many.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,15 +39,29 @@ def share_carried(images_BCHW: Tensor, delta_BCHW: Tensor) -> Tensor:
     return share.nan_to_num(0, 0, 0)
 
 
-def carries(images_1CHW: Tensor, delta_KCHW: Tensor) -> bool:
-    """Tell whether one image carries one of several perturbations, see `share_carried`."""
-    every = images_1CHW.expand(len(delta_KCHW), -1, -1, -1)
-    share = share_carried(every, delta_KCHW)
-    image = _detail(images_1CHW.float() / 255)
-    delta = _detail(keeping_grey(delta_KCHW.float(), every))
-    # Were the details independent, a coefficient would scatter so much.
-    scatter = image.norm() / delta.flatten(1).norm(dim=1) / image.numel() ** 0.5
-    return bool(((share > CARRIED) & (share > CERTAIN * scatter)).any())
+class Known:
+    """Perturbations of which an image may carry one, see `share_carried`."""
+
+    def __init__(self, delta_KCHW: Tensor) -> None:
+        """Take what is to be known of them once.
+
+        Args:
+            delta_KCHW: floating point in units of [0, 1].
+        """
+        grey = torch.zeros_like(delta_KCHW, dtype=torch.uint8)  # black is grey
+        kinds = (keeping_grey(delta_KCHW, grey), delta_KCHW)
+        self._details = [_detail(kind.float()).flatten(1) for kind in kinds]
+
+    def carried_by(self, image_CHW: Tensor) -> bool:
+        """Tell whether an image, uint8 (C, H, W) of the size of delta, carries one of them."""
+        is_colour = bool((image_CHW != image_CHW[:1]).any())
+        delta_KD = self._details[int(is_colour)]
+        image_D = _detail(image_CHW[None].float() / 255).flatten()
+        squares_K = delta_KD.square().sum(1)
+        share_K = (delta_KD @ image_D / squares_K).nan_to_num(0, 0, 0)
+        # Were the details independent, a coefficient would scatter so much.
+        scatter_K = image_D.norm() / squares_K.sqrt() / len(image_D) ** 0.5
+        return bool(((share_K > CARRIED) & (share_K > CERTAIN * scatter_K)).any())
 
 
 def many_carry(share_of_own_N: Tensor, share_of_other_N: Tensor) -> bool:

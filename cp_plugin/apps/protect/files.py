@@ -24,7 +24,7 @@ from cp_plugin.apps.protect.looks import (
 )
 from cp_plugin.apps.protect.plan import Settings
 from cp_plugin.apps.protect.sources import Source, names_in_out
-from cp_plugin.attack.carried import carries
+from cp_plugin.attack.carried import Known
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError, eps_levels
 from cp_plugin.data import Canonical, image_key
@@ -139,7 +139,8 @@ class Writing:
         self._canonical = Canonical(poison.size, poison.fit)
         self._placement = Placement.of(poison)
         if self._placement is not None:
-            self._deltas = poison.perturbation.gather(torch.arange(len(poison.perturbation)))
+            rows = torch.arange(len(poison.perturbation))
+            self._known = Known(poison.perturbation.gather(rows))
         self.written = 0
         self.unprotected: dict[Path, str] = {}
         """Files that are not in OUT, and why."""
@@ -206,7 +207,7 @@ class Writing:
         if self._placement is None:
             rows = self._poison.rows(keys=[image_key(canonical)])
         else:
-            if carries(canonical[None], self._deltas):
+            if self._known.carried_by(canonical):
                 raise CannotProtect(CARRIED)
             number = int(self._placement.clusters(canonical[None])[0])
             rows = self._poison.rows(classes=[cluster_name(number)])

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip
 
-from cp_plugin.attack.carried import carries
+from cp_plugin.attack.carried import Known
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
@@ -89,5 +89,6 @@ def test_a_picture_of_any_size_shows_that_it_was_protected(size, grey):
     delta = at_size(keeping_grey(grid[1:2], whole), size)
     protected = (whole + (255 * delta).round()).clamp(0, 255).to(torch.uint8)
     squeezed = Canonical(64, "cover")
-    assert not carries(squeezed(whole[0])[None], grid)
-    assert carries(squeezed(protected[0])[None], grid)
+    known = Known(grid)
+    assert not known.carried_by(squeezed(whole[0]))
+    assert known.carried_by(squeezed(protected[0]))
