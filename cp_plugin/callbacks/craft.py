@@ -131,10 +131,12 @@ class CraftPoison(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the first epoch after a resume begin as it would have."""
         self._resumption.on_train_epoch_start()
+        # A host's own callbacks name the folder as training starts, so it stands only now.
+        self._run_folder = run_folder(trainer)
 
     @random_state_kept()
     def _start(self, trainer: Any, pl_module: Any) -> None:
-        self._run_folder = run_folder(trainer)
+        self._run_folder = None
         if self.path.exists() and self._resumed is None and not trainer.fast_dev_run:
             raise UserError(
                 f"{self.path} exists and a poison is never overwritten; set poison.dir to another "
