@@ -131,8 +131,16 @@ class CraftPoison(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the first epoch after a resume begin as it would have."""
         self._resumption.on_train_epoch_start()
-        # A host's own callbacks name the folder as training starts, so it stands only now.
-        self._run_folder = run_folder(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the run's folder once, which a host's own callbacks name as training starts.
+
+        Not as an epoch starts: a run that goes on in mid-epoch passes that over.
+        """
+        if self._run_folder is None:
+            self._run_folder = run_folder(trainer)
 
     @random_state_kept()
     def _start(self, trainer: Any, pl_module: Any) -> None:
