@@ -106,15 +106,17 @@ def test_how_it_looks_is_said_and_shown(
     """Changes of at most 8 levels are at least 30 dB away, by the definition of PSNR."""
     caplog.set_level("INFO", "cp_plugin")
     poison = made.with_name("out-poison") / "poison.safetensors"
-    protect([next(folder.rglob("photo 0001.jpg"))], tmp_path / "one", QUICK, poison)
+    one = next(folder.rglob("photo 0001.jpg"))
+    protect([one], tmp_path / "one", QUICK, poison)
     found = re.search(
         r"1 pictures beside their originals: PSNR ([\d.]+) dB, SSIM ([\d.]+)", caplog.text
     )
     assert found is not None
     assert float(found[1]) >= 30
     assert 0 < float(found[2]) <= 1
-    with Image.open(tmp_path / "one-poison" / "looks.png") as sheet:
-        assert sheet.size == (768, 256)
+    with Image.open(one) as picture, Image.open(tmp_path / "one-poison" / "looks.png") as sheet:
+        assert max(picture.size) < 256, "it is shown at its own size"
+        assert sheet.size == (3 * picture.width, picture.height)
 
 
 def test_same_call_again_changes_nothing(folder: Path, made: Path) -> None:
