@@ -274,25 +274,28 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option(help="PNG to write; default: beside the poison.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For --separability; default: the run's own data set.")
+    ] = None,
+    separability: Annotated[
+        bool,
+        typer.Option(
+            "--separability", help="Does a linear classifier tell classes from delta alone?"
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Show what a poison file holds, check its budget and draw it."""
-    from cp_plugin.apps.pictures import picture_of_rows
-    from cp_plugin.attack.poison_file import Poison
+    """Show what a poison file holds, what delta is like, its budget and a picture."""
+    from cp_plugin.apps.inspect import inspect as look
 
-    found = Poison.load(poison)
+    facts = look(poison, picture, data, separability)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
     table = Table("field", "value", show_header=False)
-    largest = found.perturbation.largest()
-    shape = " x ".join(map(str, found.perturbation.shape))
-    facts: dict[str, Any] = {
-        "granularity": found.granularity,
-        "rows": f"{len(found.perturbation)} of {shape}, {found.perturbation.dtype}",
-        "budget": f"eps {255 * found.eps:.2f}/255, largest change {255 * largest:.2f}/255: kept",
-        "classes": ", ".join(found.classes) if found.classes else "-",
-        **found.info,
-    }
     for name, value in facts.items():
-        table.add_row(name, str(value))
-    table.add_row("picture", str(picture_of_rows(found, picture or poison.with_suffix(".png"))))
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(name, shown)
     Console().print(table)
 
 
@@ -338,11 +341,14 @@ def study(
 def report(
     folder: Annotated[Path, typer.Argument(help="Of a study, a demo, or any runs.")],
     out: Annotated[Path | None, typer.Option(help="Where the files go; default: there.")] = None,
+    features: Annotated[
+        str, typer.Option(help="Maps of features: pca, or tsne by scikit-learn.")
+    ] = "pca",
 ) -> None:
     """Write one HTML page and a Markdown file: tables, curves, images, spectra, features."""
     from cp_plugin.apps.report import report as write
 
-    for file in write(folder, out):
+    for file in write(folder, out, features):
         print(file)
 
 

@@ -67,7 +67,7 @@ def export(poison_file: Path, out: Path, data: Path | None = None) -> int:
     """
     poison = Poison.load(poison_file)
     mark = _started(poison_file, out)
-    dataset = _dataset(poison_file, data, by_class=poison.needs_labels)
+    dataset = dataset_of(poison_file, data, by_class=poison.needs_labels)
     if poison.needs_labels or poison.fraction < 1:
         part(dataset, poison, 1.0)
     known, names = labels(dataset), names_or_numbers(dataset)
@@ -230,7 +230,17 @@ def _size(file: Path) -> tuple[int, int]:
         return picture.height, picture.width
 
 
-def _dataset(poison_file: Path, data: Path | None, by_class: bool) -> Any:
+def dataset_of(poison_file: Path, data: Path | None, by_class: bool) -> Any:
+    """Return the clean images of a poison: those in a folder, or those of its own run.
+
+    Args:
+        poison_file: lies in the folder of its run, where no folder of images is given.
+        data: a folder of images.
+        by_class: whether its subfolders are classes.
+
+    Raises:
+        UserError: there is neither, or the images are not where they were.
+    """
     if data is not None:
         return load("custom", data, no_labels=not by_class)[0]
     run = run_in(poison_file.parent)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from cp_plugin.apps.report.costs import image_passes
 from cp_plugin.apps.study.state import PLAN_FILE
-from cp_plugin.attack.loop import Schedule
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.rounding import encode
@@ -124,12 +124,8 @@ def _crafts(cells: dict[str, Cell], cell: Cell) -> Iterator[Cell]:
 
 def _image_passes(run: Path) -> int:
     """Return how many images went forward and backward through a surrogate."""
-    made = json.loads(Poison.load(run / "poison.safetensors").info["schedule"])
-    cfg = OmegaConf.load(run / "config.yaml")
-    rounds = made["surrogate_steps_done"] // made["model_steps"]
-    steps = (made[key] for key in ("model_steps", "noise_steps", "pgd_steps"))
-    views = sum(node.num_crops for node in cfg.augmentations)
-    return Schedule(rounds, *steps).image_passes(cfg.optimizer.batch_size, views)
+    cfg: Any = OmegaConf.load(run / "config.yaml")
+    return image_passes(Poison.load(run / POISON_FILE), cfg)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,26 @@ def test_inspect_shows_and_draws_a_poison(call, tmp_path):
     code, out, _ = call("inspect", "p.safetensors")
     assert code == 0
     assert "eps 8.00/255" in out
+    assert "share of energy without colour" in out
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 100
+
+
+def test_inspect_says_how_well_delta_alone_tells_classes(call, tmp_path, image_folder, photos):
+    image_folder()
+    delta = Perturbation.uniform(3, (3, 16, 16), 8 / 255)
+    Poison(delta, "class", classes=tuple(photos.classes[:3])).save(tmp_path / "p.safetensors")
+    alone = call("inspect", "p.safetensors", "--separability")
+    assert alone[0] == 2
+    assert "give the folder of clean images with --data DIR" in alone[2]
+    code, out, error = call(
+        "inspect", "p.safetensors", "--separability", "--data", "images", "--json"
+    )
+    assert code == 0, error
+    facts = json.loads(out)
+    assert facts["classes told from delta alone, held out"] == "100.0 %"
+    assert len(facts["mean power by cycles an image"]) == 9
+    assert facts["share of energy common to all rows"] == pytest.approx(1 / 3, abs=0.05)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -93,7 +93,7 @@ def _result(cell, folder, run, draw):
 
 @pytest.fixture(scope="module")
 def page(a_study):
-    html, _ = report(a_study)
+    html, _, _ = report(a_study)
     return html
 
 
@@ -102,10 +102,25 @@ def test_the_page_needs_nothing_else(page):
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", text)
     assert "@import" not in text
     images = re.findall(r'src="data:([^;]+);base64,([^"]+)"', text)
-    # 2 curves, 2 poisons on images, 2 spectra and their profiles, 3 maps of features
-    assert [kind for kind, _ in images].count("image/png") == 7
+    # 2 curves, 2 poisons on images, 2 spectra and their profiles, 2 of saliency, 3 maps of features
+    assert [kind for kind, _ in images].count("image/png") == 9
     assert [kind for kind, _ in images].count("image/svg+xml") == 3
     assert all(len(base64.b64decode(content)) > 1000 for _, content in images)
+
+
+def test_the_perturbations_are_described(page):
+    """Of noise, one delta a class: no class is mistaken, and it is noise to untrained encoders."""
+    text = page.read_text(encoding="utf8").split('id="delta"')[1].split("</table>")[0]
+    lines = [re.findall(r"<td>([^<]*)</td>", line) for line in text.split("<tr>")[2:]]
+    assert [line[0] for line in lines] == ["random", "cp_class (simclr)"]
+    for _, rms, at_bound, grey, centre, _, _, told, by_clean, by_victim in lines:
+        assert float(rms) == pytest.approx(3**-0.5, abs=0.02)
+        assert float(at_bound) == pytest.approx(0.01, abs=0.006)
+        assert float(grey) == pytest.approx(1 / 3, abs=0.03)
+        assert float(centre) == pytest.approx(0.25, abs=0.03)
+        assert told.startswith("100.0 (")
+        assert abs(float(by_clean)) < 0.1
+        assert abs(float(by_victim.split(" (")[0])) < 0.1
 
 
 def test_what_has_no_result_is_named_with_its_reason(page):
@@ -159,7 +174,7 @@ def test_a_folder_of_runs_is_reported_too(tmp_path):
     assert (found.label, found.victim, found.seed) == ("cp_class (byol)", "simclr", 3)
     assert found.accuracies == {"knn_clean": 61.0, "knn_poisoned": 52.0}
     assert found.backbone == "resnet18"
-    html, text = report(tmp_path, tmp_path / "out")
+    html, text, _ = report(tmp_path, tmp_path / "out")
     assert html.parent == text.parent == tmp_path / "out"
     assert "| cp_class (byol) | 61.0 | 61.0 | 61.0 (simclr) |" in text.read_text()
 
@@ -212,5 +227,5 @@ def test_a_browser_shows_the_page_without_errors(page, tmp_path, width):
     inner, scrolled, images, broken = map(
         int, re.findall(r'"found (\d+) (\d+) (\d+) (\d+)"', console[0])[0]
     )
-    assert (inner, images, broken) == (width, 10, 0)
+    assert (inner, images, broken) == (width, 12, 0)
     assert scrolled <= width

@@ -5,21 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from cp_plugin.apps.report.page import write
+from cp_plugin.apps.report.projection import PCA, check_projection
 
 __all__ = ["report"]
 
 
-def report(folder: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """Write `report.html` and `report.md`.
+def report(folder: Path, out: Path | None = None, features: str = PCA) -> tuple[Path, Path, Path]:
+    """Write `report.html`, `report.md`, and `report.csv` with every measured run.
 
     Args:
         folder: of a study, of a demo, or any with runs of the embedded engine below it.
-        out: where the two files go; None: the folder itself.
+        out: where the files go; None: the folder itself.
+        features: how maps of features are made, `pca` or `tsne`.
 
     Returns:
-        The two files.
+        The three files.
 
     Raises:
-        UserError: there is no measured run in the folder.
+        UserError: there is no measured run in the folder, or `tsne` without scikit-learn.
     """
-    return write(folder, out or folder)
+    check_projection(features)
+    return write(folder, out or folder, features)

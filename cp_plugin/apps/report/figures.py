@@ -9,15 +9,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cp_plugin.apps.report.rows import Row
 from cp_plugin.apps.report.tables import ordered
 from cp_plugin.attack.poison_file import Poison
+from cp_plugin.evaluation.spectra import Array
 
 mpl.use("Agg")
 INK = "#1c2330"
@@ -33,7 +32,6 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-Array = NDArray[np.float64]
 LINES = {"knn_clean_bank": "-", "knn_poisoned_bank": "--", "knn_control": ":"}
 """Of curves over training."""
 
@@ -108,27 +106,6 @@ def pictures(poison: Poison, clean_BCHW: Tensor, rows_B: Tensor) -> str:
     return _png(figure)
 
 
-def power(delta_KCHW: Tensor) -> Array:
-    """Return the mean power of each spatial frequency, the lowest in the middle; float (H, W).
-
-    The squared magnitude of the orthonormal 2-D Fourier transform, averaged over rows and channels:
-    its sum is that of the squared pixels (Parseval).
-    """
-    spectrum = torch.fft.fft2(delta_KCHW.double(), norm="ortho").abs().square().mean((0, 1))
-    shifted: Array = torch.fft.fftshift(spectrum).numpy()
-    return shifted
-
-
-def radial(power_HW: Array) -> Array:
-    """Return the mean power at each whole distance from the lowest frequency, up to Nyquist's."""
-    height, width = power_HW.shape
-    y, x = np.indices(power_HW.shape)
-    distance = np.hypot(y - height // 2, x - width // 2).round().astype(int).ravel()
-    total = np.bincount(distance, power_HW.ravel())
-    profile: Array = total / np.maximum(np.bincount(distance), 1)
-    return profile[: min(height, width) // 2 + 1]
-
-
 def common_limits(powers: Sequence[Array]) -> tuple[float, float]:
     """Return the colour scale, in decibel, on which several spectra can be compared."""
     values = np.concatenate([_decibel(power).ravel() for power in powers])
@@ -163,37 +140,47 @@ def profiles(found: Mapping[str, Array], colour: Mapping[str, str]) -> str:
         return _svg(figure)
 
 
-def feature_map(features_ND: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
-    """Draw features on their first two principal components, coloured by class.
-
-    Features are brought to length 1 first, since kNN compares them by cosine.
+def feature_map(plane: Array, labels: Array, classes: Sequence[str]) -> str:
+    """Draw points of a plane, float (N, 2), coloured by their classes, int (N).
 
     Returns:
         A PNG as data URI.
     """
-    plane = principal_plane(features_ND)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 3.4), dpi=120, layout="constrained")
         axis = figure.subplots()
         for label in range(len(classes)):
-            points = plane[labels.numpy() == label]
+            points = plane[labels == label]
             axis.scatter(points[:, 0], points[:, 1], s=7, color=_hex("tab20", label), linewidths=0)
         _bare(axis)
         return _png(figure)
 
 
+def saliency(poisoned_BCHW: Tensor, delta_BHW: Tensor, gradient_BHW: Tensor) -> str:
+    """Draw poisoned images, the magnitude of delta, and that of the gradient, each to its largest.
+
+    Returns:
+        A PNG as data URI.
+    """
+    lines: dict[str, Sequence[Tensor]] = {
+        "poisoned": list(poisoned_BCHW.permute(0, 2, 3, 1)),
+        "|delta|": list(delta_BHW / delta_BHW.max().clamp(min=1e-12)),
+        "|gradient|": [one / one.max().clamp(min=1e-30) for one in gradient_BHW],
+    }
+    count = len(poisoned_BCHW)
+    figure = Figure(figsize=(0.95 * count + 0.2, 3.1), dpi=110, layout="constrained")
+    axes = figure.subplots(len(lines), count, squeeze=False)
+    for line, (name, images) in zip(axes, lines.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.squeeze(-1).numpy(), "magma", interpolation="nearest")
+            _bare(axis)
+        line[0].set_ylabel(name, fontsize=9, color=INK)
+    return _png(figure)
+
+
 def class_key(classes: Sequence[str]) -> list[tuple[str, str]]:
     """Return each class with its colour on the maps of features."""
     return [(name, _hex("tab20", label)) for label, name in enumerate(classes)]
-
-
-def principal_plane(features_ND: Tensor) -> Array:
-    """Return the first two principal components of normalised features; float (N, 2)."""
-    unit = torch.nn.functional.normalize(features_ND.double())
-    centred = unit - unit.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    plane: Array = (centred @ directions[:2].T).numpy()
-    return plane
 
 
 def _hex(palette: str, number: int) -> str:

@@ -10,6 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cp_plugin.apps.report import figures, scenes
+from cp_plugin.apps.report.csv_file import as_csv
+from cp_plugin.apps.report.deltas import deltas
+from cp_plugin.apps.report.leaderboard import leaderboard
+from cp_plugin.apps.report.projection import PROJECTIONS
 from cp_plugin.apps.report.rows import Found, Row, find
 from cp_plugin.apps.report.tables import markdown, ordered, tables
 from cp_plugin.apps.study.settings import NONE
@@ -19,15 +23,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 DASH = "\N{EN DASH}"
 
 
-def write(folder: Path, out: Path) -> tuple[Path, Path]:
-    """Write both files of a report; see `cp_plugin.apps.report.report`."""
-    content = _content(find(folder))
+def write(folder: Path, out: Path, projection: str) -> tuple[Path, Path, Path]:
+    """Write the files of a report; see `cp_plugin.apps.report.report`."""
+    found = find(folder)
+    table = out / "report.csv"
+    write_text(table, as_csv(found.rows))
+    content = _content(found, projection)
     written = []
     for name in ("report.html", "report.md"):
         file = out / name
         write_text(file, _render(f"{name}.j2", content))
         written.append(file)
-    return written[0], written[1]
+    return written[0], written[1], table
 
 
 def _render(template: str, content: dict[str, Any]) -> str:
@@ -41,26 +48,33 @@ def _render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters["markdown"] = markdown
     environment.filters["figure"] = "{:.1f}".format
+    environment.filters["grouped"] = "{:,}".format
+    environment.filters["share"] = "{:.2f}".format
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment.get_template(template).render(content)
 
 
-def _content(found: Found) -> dict[str, Any]:
+def _content(found: Found, projection: str) -> dict[str, Any]:
     rows = found.rows
     colour = figures.colours(ordered(row.label for row in rows))
     files = scenes.poisons(rows)
     spectra, profiles = scenes.spectra(files, colour)
     shared, own = scenes.settings(found.folders)
-    maps = scenes.maps(rows)
+    maps = scenes.maps(rows, projection)
+    perturbations, saliencies = deltas(rows, files)
     return {
         "found": found,
         "summary": _summary(found),
         "how": _how(rows),
+        "leaderboard": leaderboard(rows),
         "tables": tables(rows),
         "curves": scenes.curves(rows, colour),
         "images": scenes.images(files),
         "spectra": spectra,
         "profiles": profiles,
+        "deltas": perturbations,
+        "saliencies": saliencies,
+        "projection": PROJECTIONS[projection],
         "maps": maps.pictures,
         "classes": maps.classes,
         "steps": _steps(rows),

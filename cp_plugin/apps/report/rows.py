@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from cp_plugin.apps.report.costs import Cost, cost, crafts_before
 from cp_plugin.apps.study.settings import NONE
 from cp_plugin.apps.study.state import FINISHED, PLAN_FILE, read
 from cp_plugin.config.settings import UserError
@@ -143,7 +144,12 @@ def _study(folder: Path) -> Found:
         states[cell["name"]] = state if state.get("digest") == cell["digest"] else {}
     finished = {name: one for name, one in states.items() if one.get("status") == FINISHED}
     folders = {name: inside(folder, Path(one["folder"])) for name, one in finished.items()}
-    rows = [row_of(one, folders, name) for name, one in finished.items() if one["kind"] != "craft"]
+    known: dict[Path, Cost | None] = {}
+    rows = [
+        _with_cost(row_of(one, folders, name), cost(_crafts(one, finished, folders), known))
+        for name, one in finished.items()
+        if one["kind"] != "craft"
+    ]
     unfinished = {
         name: str(one.get("reason", one.get("status", "not begun")))
         for name, one in states.items()
@@ -157,6 +163,19 @@ def _study(folder: Path) -> Found:
     }
     name = str(study["settings"]["name"])
     return Found(name, "study", tuple(rows), unfinished, provenance, folders, len(planned))
+
+
+def _crafts(
+    state: Mapping[str, Any], states: Mapping[str, Any], folders: Mapping[str, Path]
+) -> Iterator[Path]:
+    """Yield the folders of the crafts that shaped a victim's poison, the last one first."""
+    while (name := state.get("needs", {}).get("poison")) in states:
+        state = states[name]
+        yield folders[name]
+
+
+def _with_cost(row: Row, found: Cost | None) -> Row:
+    return row if found is None else replace(row, facts={**row.facts, **found.facts()})
 
 
 def row_of(state: Mapping[str, Any], folders: Mapping[str, Path], name: str) -> Row:
@@ -226,7 +245,9 @@ def _runs(folder: Path) -> Found:
         if "knn" in result:
             provenance = {key: result.get(key) for key in ("hardware", "versions", "command")}
             with damage_named(file.parent):
-                rows.append(_run(file.parent, result))
+                row = _run(file.parent, result)
+                made_in = row.poison_file.parent if row.poison_file and row.surrogate else None
+                rows.append(_with_cost(row, cost(crafts_before(made_in)) if made_in else None))
     whole = read(folder / RESULT_FILE) or {}
     provenance["command"] = whole.get("command", provenance.get("command"))
     rows.sort(key=lambda row: row.poison != NONE)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cp_plugin.apps.report import figures
+from cp_plugin.apps.report.projection import project
 from cp_plugin.apps.report.rows import Row
 from cp_plugin.apps.report.tables import ordered
 from cp_plugin.apps.study.settings import NONE
@@ -21,6 +22,7 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import RawDataset, class_names, labels, load
+from cp_plugin.evaluation.spectra import power, radial
 from cp_plugin.util.run_files import CONFIG_FILE
 
 log = logging.getLogger("cp_plugin")
@@ -88,7 +90,7 @@ def images(found: Mapping[str, tuple[Row, Poison]]) -> list[Picture]:
     made = []
     for label, (row, poison) in found.items():
         try:
-            train, _ = _data(row)
+            train, _ = data_of(row)
         except UserError as error:
             log.warning("%s is not shown on images: %s", label, error)
             continue
@@ -115,21 +117,26 @@ def spectra(
     powers, captions = {}, {}
     for label, (row, poison) in found.items():
         count = min(len(poison.perturbation), ROWS_IN_SPECTRUM)
-        powers[label] = figures.power(poison.perturbation.gather(torch.arange(count)))
+        powers[label] = power(poison.perturbation.gather(torch.arange(count)))
         captions[label] = f"mean of {count} rows, seed {row.seed}"
     if not powers:
         return [], None
     limits = figures.common_limits(list(powers.values()))
     made = [
-        Picture(label, figures.spectrum(power, limits), captions[label])
-        for label, power in powers.items()
+        Picture(label, figures.spectrum(shown, limits), captions[label])
+        for label, shown in powers.items()
     ]
-    profiles = {label: figures.radial(power) for label, power in powers.items()}
+    profiles = {label: radial(shown) for label, shown in powers.items()}
     return made, figures.profiles(profiles, colour)
 
 
-def maps(rows: Sequence[Row]) -> Maps:
-    """Return maps of test features: of clean encoders, and beside them those of victims."""
+def maps(rows: Sequence[Row], projection: str) -> Maps:
+    """Return maps of test features: of clean encoders, and beside them those of victims.
+
+    Args:
+        rows: all of the report.
+        projection: how features come to lie in a plane, of `cp_plugin.apps.report.projection`.
+    """
     made: list[Picture] = []
     classes: tuple[tuple[str, str], ...] = ()
     first = rows[0]
@@ -143,9 +150,10 @@ def maps(rows: Sequence[Row]) -> Maps:
             log.warning("no map of features of %s: %s", label, error)
             continue
         classes = tuple(figures.class_key(names))
+        mapped = project(features, known, projection)
         title = "clean" if label == NONE else label
         caption = f"{row.victim}, {row.backbone}, seed {row.seed}"
-        made.append(Picture(title, figures.feature_map(features, known, names), caption))
+        made.append(Picture(title, figures.feature_map(*mapped, names), caption))
     return Maps(tuple(made), classes)
 
 
@@ -182,7 +190,7 @@ def _test_features(row: Row) -> tuple[Tensor, Tensor, Sequence[str]]:
     from cp_plugin.mirror import mirror
 
     module, cfg = load_run(row.folder)
-    _, test = _data(row)
+    _, test = data_of(row)
     if test is None:
         raise UserError("the run has no test images.")
     view_mirror = mirror(build_pipeline(cfg))
@@ -192,7 +200,12 @@ def _test_features(row: Row) -> tuple[Tensor, Tensor, Sequence[str]]:
     return bank.features(host.encode, view_mirror.normalize), bank.labels, names
 
 
-def _data(row: Row) -> tuple[Any, Any]:
+def data_of(row: Row) -> tuple[Any, Any]:
+    """Return training and test images of a run; None for the latter where it has none.
+
+    Raises:
+        UserError: they are not where they were.
+    """
     cfg = load_yaml(row.folder / CONFIG_FILE)
     assert isinstance(cfg, DictConfig)
     data = cfg.data

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cp_plugin.apps.report import figures, report
+from cp_plugin.apps.report.projection import principal_plane, project
 from cp_plugin.apps.report.rows import Row, row_of
 from cp_plugin.apps.report.tables import markdown, spread, tables
 from cp_plugin.config.settings import UserError
@@ -65,27 +66,31 @@ def test_a_single_seed_has_no_deviation_and_a_gap_is_shown():
     ]
 
 
-def test_a_spectrum_keeps_the_power_and_shows_the_frequency():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, 3, 16, 16, generator=generator)
-    assert figures.power(noise).sum() == pytest.approx(
-        float(noise.square().sum((2, 3)).mean()), rel=1e-6
-    )
-    wave = torch.cos(2 * torch.pi * 5 * torch.arange(16) / 16).expand(1, 1, 16, 16)
-    profile = figures.radial(figures.power(wave))
-    assert profile.argmax() == 5
-    assert len(profile) == 9
-
-
 def test_the_plane_of_features_is_that_of_the_covariance():
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(1)).double()
     features = features * torch.tensor([5.0, 3.0, 1.0, 1.0, 1.0, 1.0]) + 1
-    plane = figures.principal_plane(features)
+    plane = principal_plane(features)
     unit = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(np.cov(unit.T))
     expected = (unit - unit.mean(0)) @ vectors[:, ::-1][:, :2]
     assert np.abs(plane) == pytest.approx(np.abs(expected), abs=1e-9)
     assert plane.var(0, ddof=1) == pytest.approx(values[::-1][:2])
+
+
+def test_tsne_keeps_groups_together():
+    pytest.importorskip("sklearn")
+    labels = torch.arange(90) % 3
+    directions = torch.eye(8)[:3] * 4
+    draws = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    plane, kept = project(directions[labels] + 0.3 * draws, labels, "tsne")
+    assert plane.shape == (90, 2)
+    apart = np.linalg.norm(plane[:, None] - plane[None], axis=2) + 1e9 * np.eye(90)
+    assert (kept[apart.argmin(1)] == kept).all()
+
+
+def test_an_unknown_projection_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="--features must be pca or tsne; got 'umap'"):
+        report(tmp_path, features="umap")
 
 
 def test_curves_are_means_where_all_seeds_were_evaluated():
