@@ -172,13 +172,13 @@ class RandomChoice(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Apply each option to the images that take it."""
-        made = self.output_shape(Shape(*images.shape))
-        out = images.new_zeros(*images.shape[:2], made.height, made.width)
         options = zip(self.options, params["index"], params["inner"], strict=True)
-        for option, part, drawn in options:
-            if len(part):
-                out = out.index_copy(0, part, option.apply(images.index_select(0, part), drawn))
-        return out
+        made = [
+            option.apply(images.index_select(0, part), drawn)
+            for option, part, drawn in options
+            if len(part) or not len(images)
+        ]
+        return torch.cat(made).index_select(0, torch.cat(params["index"]).argsort())
 
 
 class RandomOrder(Operation):

@@ -27,6 +27,7 @@ V2 = {
     "RandomOrder": "_container",
     "RandomCrop": "_geometry",
     "RandomRotation": "_geometry",
+    "RandomAffine": "_geometry",
     "RandomPerspective": "_geometry",
     "RandomEqualize": "_color",
     "RandomInvert": "_color",
@@ -87,11 +88,20 @@ def same_format(before: ImageFormat, after: ImageFormat, name: str) -> None:
         )
 
 
-def filter_of(host: Any, format: ImageFormat) -> str:
+def filter_name(host: Any) -> str:
     """Return the name of the host's interpolation."""
     value = host.interpolation
     name = FILTERS[value] if isinstance(value, int) else str(getattr(value, "value", value))
-    name = name.removesuffix("-exact")
+    return name.removesuffix("-exact")
+
+
+def filter_of(host: Any, format: ImageFormat) -> str:
+    """Return the name of the host's interpolation to another size.
+
+    Raises:
+        UserError: it is not antialiased, on a tensor.
+    """
+    name = filter_name(host)
     if format is not ImageFormat.PILLOW and (
         name == "nearest" or not getattr(host, "antialias", True)
     ):

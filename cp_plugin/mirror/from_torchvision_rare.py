@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.mirror.base import LEVEL, ImageFormat, Operation
+from cp_plugin.mirror.affine import RandomAffine
+from cp_plugin.mirror.base import LEVEL, Operation
 from cp_plugin.mirror.containers import RandomApply, RandomChoice, RandomOrder
 from cp_plugin.mirror.erasing import RandomErasing
-from cp_plugin.mirror.from_torchvision import both, filter_of, pair, same_format
+from cp_plugin.mirror.from_torchvision import both, filter_name, pair, same_format
 from cp_plugin.mirror.geometric import RandomPerspective, RandomRotation
 from cp_plugin.mirror.geometry import RandomCrop
 from cp_plugin.mirror.intensity import Autocontrast, Equalize, Invert, Posterize, Sharpness
@@ -51,51 +52,78 @@ def random_crop(host: Any, translator: Translator) -> Operation:
         (left, top, right, bottom),
         host.pad_if_needed,
         getattr(host.padding_mode, "value", host.padding_mode),
-        tuple(scale * value for value in _fill(host)),
+        tuple(scale * value for value in fill_of(host) or (0.0,)),
         "RandomCrop",
     )
 
 
-def _fill(host: Any) -> tuple[float, ...]:
-    fill = 0 if host.fill is None else host.fill
+def fill_of(host: Any) -> tuple[float, ...] | None:
+    """Return what a host puts outside an image, None where it says nothing.
+
+    Raises:
+        UserError: another value for each kind of input.
+    """
+    fill = host.fill
     if isinstance(fill, dict):
         raise UserError(
             f"{type(host).__name__} expected one fill for images, got {fill!r}: give a number or "
             "one a channel."
         )
+    if fill is None:
+        return None
     values = [fill] if isinstance(fill, (int, float)) else list(fill)
     return tuple(float(value) for value in values)
-
-
-def _on_pillow(host: Any, translator: Translator) -> None:
-    if translator.format is not ImageFormat.PILLOW:
-        raise UserError(
-            f"{type(host).__name__} expected a Pillow image, got {translator.format.value}: move "
-            "it "
-            "before the conversion to a tensor."
-        )
 
 
 @both("RandomRotation")
 def random_rotation(host: Any, translator: Translator) -> Operation:
     """Translate a RandomRotation."""
-    _on_pillow(host, translator)
     if host.expand:
         raise UserError(
             "RandomRotation expected expand=False, since a batch has one size, got True."
         )
-    centre = None if host.center is None else (float(host.center[0]), float(host.center[1]))
     degrees = (float(host.degrees[0]), float(host.degrees[1]))
-    filter_name = filter_of(host, translator.format)
-    return RandomRotation(degrees, filter_name, centre, _fill(host), "RandomRotation")
+    return RandomRotation(
+        degrees,
+        filter_name(host),
+        _centre(host),
+        fill_of(host),
+        translator.format,
+        "RandomRotation",
+    )
+
+
+def _centre(host: Any) -> tuple[float, float] | None:
+    return None if host.center is None else (float(host.center[0]), float(host.center[1]))
+
+
+@both("RandomAffine")
+def random_affine(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomAffine."""
+    shear = [float(value) for value in host.shear or (0.0, 0.0)]
+    along_x, along_y = shear[:2], shear[2:] or [0.0, 0.0]
+    return RandomAffine(
+        pair(host.degrees),
+        pair(host.translate or (0.0, 0.0)),
+        pair(host.scale or (1.0, 1.0)),
+        (pair(along_x), pair(along_y)),
+        _centre(host),
+        filter_name(host),
+        fill_of(host),
+        translator.format,
+        "RandomAffine",
+    )
 
 
 @both("RandomPerspective")
 def random_perspective(host: Any, translator: Translator) -> Operation:
     """Translate a RandomPerspective."""
-    _on_pillow(host, translator)
     inner = RandomPerspective(
-        host.distortion_scale, filter_of(host, translator.format), _fill(host), "RandomPerspective"
+        host.distortion_scale,
+        filter_name(host),
+        fill_of(host),
+        translator.format,
+        "RandomPerspective",
     )
     return RandomApply(inner, host.p, "RandomPerspective")
 

@@ -1,8 +1,8 @@
-"""Rotation and perspective: every output pixel reads the image at a point of its own.
+"""Affine maps and perspective: every output pixel reads the image at a point of its own.
 
 Pillow evaluates its coordinate maps at pixel centres, fills where a centre falls outside, repeats
 the border otherwise, and truncates to 8 bit (Pillow, `Geometry.c`). Nearest affine maps run in
-16.16 fixed point.
+16.16 fixed point. torchvision reads tensors with `grid_sample`, whose border fades into the fill.
 """
 
 from __future__ import annotations
@@ -11,21 +11,41 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
-from cp_plugin.mirror.base import LEVEL, Operation, Params, Shape, uniform, whole
+from cp_plugin.mirror.base import LEVEL, ImageFormat, Operation, Params, Shape, uniform, whole
 
 FIXED = 65536
 
 
-class _Geometric(Operation):
-    """What rotation and perspective share."""
+class Geometric(Operation):
+    """What reads images at points that are not their own.
 
-    def __init__(self, filter_name: str, fill: tuple[float, ...], name: str | None) -> None:
+    Args:
+        filter_name: `nearest`, `bilinear`, or, of Pillow images, `bicubic`.
+        fill: what stands outside the image, in levels, of a float tensor in [0, 1]; one for all
+            channels or one a channel. None is 0, of tensors without a border that fades.
+        format: what the host holds.
+    """
+
+    def __init__(
+        self,
+        filter_name: str,
+        fill: tuple[float, ...] | None = (0.0,),
+        format: ImageFormat = ImageFormat.PILLOW,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name)
         self.filter_name = filter_name
         self.fill = fill
+        self.format = format
 
-    def _read(self, images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def read(self, images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return images (B, C, h, w) read at x and y (B, h, w), in pixels."""
+        scale = LEVEL if self.format.rounds else 1.0
+        fill = images.new_tensor(self.fill or (0.0,))[:, None, None] * scale
+        if self.format is not ImageFormat.PILLOW and self.filter_name != "nearest":
+            return self._faded(images, x, y, fill)
         height, width = images.shape[-2:]
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         if self.filter_name == "nearest":
@@ -33,11 +53,28 @@ class _Geometric(Operation):
         else:
             values = _interpolate(images, x - 0.5, y - 0.5, self.filter_name == "bicubic")
             values = (values - 0.5 * LEVEL).clamp(0, 1)
-        fill = images.new_tensor(self.fill)[:, None, None] * LEVEL
         return torch.where(inside[:, None], values, fill)
 
+    def map_affine(self, images: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """Return images read at the points that two rows (B, 3) of a matrix make of x, y and 1."""
+        height, width = images.shape[-2:]
+        fixed = self.filter_name == "nearest" and self.format is ImageFormat.PILLOW
+        along = _fixed_point if fixed else _linear
+        x, y = (along(row.double(), height, width) for row in rows)
+        return self.read(images, x, y)
 
-class RandomRotation(_Geometric):
+    def _faded(self, images: Tensor, x: Tensor, y: Tensor, fill: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        points = torch.stack((x * 2 / width - 1, y * 2 / height - 1), -1).to(images.dtype)
+        values = grid_sample(images, points, align_corners=False)
+        if self.fill is None:
+            return values
+        ones = images.new_ones(len(images), 1, height, width)
+        covered = grid_sample(ones, points, align_corners=False)
+        return covered * (values - fill) + fill
+
+
+class RandomRotation(Geometric):
     """Rotation about a centre by a random angle (torchvision `RandomRotation`)."""
 
     def __init__(
@@ -45,10 +82,11 @@ class RandomRotation(_Geometric):
         degrees: tuple[float, float],
         filter_name: str = "nearest",
         centre: tuple[float, float] | None = None,
-        fill: tuple[float, ...] = (0.0,),
+        fill: tuple[float, ...] | None = (0.0,),
+        format: ImageFormat = ImageFormat.PILLOW,
         name: str | None = None,
     ) -> None:
-        super().__init__(filter_name, fill, name)
+        super().__init__(filter_name, fill, format, name)
         self.degrees = degrees
         self.centre = centre
 
@@ -64,25 +102,25 @@ class RandomRotation(_Geometric):
         cos, sin = angle.cos(), angle.sin()
         shift_x = centre_x - centre_x * cos - centre_y * sin
         shift_y = centre_y + centre_x * sin - centre_y * cos
-        rows = [_affine(cos, sin, shift_x), _affine(-sin, cos, shift_y)]
-        if self.filter_name == "nearest":
-            x, y = (_fixed_point(row, height, width) for row in rows)
-        else:
-            x, y = (_linear(row, height, width) for row in rows)
-        return self._read(images, x, y)
+        rows = (
+            torch.stack((cos, sin, shift_x), 1),
+            torch.stack((-sin, cos, shift_y), 1),
+        )
+        return self.map_affine(images, rows)
 
 
-class RandomPerspective(_Geometric):
+class RandomPerspective(Geometric):
     """Corners moved inwards at random (torchvision `RandomPerspective`, without its p)."""
 
     def __init__(
         self,
         distortion: float,
         filter_name: str = "bilinear",
-        fill: tuple[float, ...] = (0.0,),
+        fill: tuple[float, ...] | None = (0.0,),
+        format: ImageFormat = ImageFormat.PILLOW,
         name: str | None = None,
     ) -> None:
-        super().__init__(filter_name, fill, name)
+        super().__init__(filter_name, fill, format, name)
         self.distortion = distortion
 
     def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
@@ -117,13 +155,9 @@ class RandomPerspective(_Geometric):
         a = params["coefficients"].double()[:, :, None, None].unbind(1)
         x, y = _centres(height, width, images.device)
         below = a[6] * x + a[7] * y + 1
-        return self._read(
+        return self.read(
             images, (a[0] * x + a[1] * y + a[2]) / below, (a[3] * x + a[4] * y + a[5]) / below
         )
-
-
-def _affine(along_x: Tensor, along_y: Tensor, shift: Tensor) -> Tensor:
-    return torch.stack((along_x, along_y, shift), 1)
 
 
 def _centres(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

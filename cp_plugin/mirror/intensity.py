@@ -42,9 +42,13 @@ class Solarize(Operation):
         super().__init__(name)
         self.threshold = (threshold - 0.5) * LEVEL if format.rounds else threshold
 
+    def prepare(self, thresholds: Tensor) -> Params:
+        """Take a threshold for each image (B,), in 8-bit levels."""
+        return {"threshold": ((thresholds.ceil().double() - 0.5) * LEVEL)[:, None, None, None]}
+
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Solarise."""
-        return torch.where(images < self.threshold, images, 1 - images)
+        return torch.where(images < params.get("threshold", self.threshold), images, 1 - images)
 
 
 class Invert(Operation):
@@ -67,10 +71,15 @@ class Posterize(Operation):
         super().__init__(name)
         self.step = 2 ** (8 - bits)
 
+    def prepare(self, bits: Tensor) -> Params:
+        """Take a number of bits for each image (B,)."""
+        return {"step": (2 ** (8 - bits))[:, None, None, None]}
+
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Posterise."""
-        levels = (images.detach() * 255).round_().div_(self.step).floor_()
-        out: Tensor = StraightThrough.apply(images, levels.mul_(self.step * LEVEL))
+        step = params.get("step", self.step)
+        levels = (images.detach() * 255).round_().div_(step).floor_()
+        out: Tensor = StraightThrough.apply(images, levels.mul_(step * LEVEL))
         return out
 
 
@@ -130,7 +139,11 @@ class Sharpness(Operation):
     ) -> None:
         super().__init__(name)
         self.factor = factor
-        self.bias = 0.5 * LEVEL if format.rounds and factor != 1 else 0.0
+        self.format = format
+
+    def prepare(self, factors: Tensor) -> Params:
+        """Take a factor for each image (B,)."""
+        return {"factor": factors[:, None, None, None]}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Sharpen or smooth; the outermost pixels stay, as they have no full neighbourhood."""
@@ -140,5 +153,7 @@ class Sharpness(Operation):
         kernel = (kernel / 13).expand(channels, 1, 3, 3)
         smooth = images.clone()
         smooth[:, :, 1:-1, 1:-1] = conv2d(images, kernel, groups=channels)
-        out = self.factor * images + (1 - self.factor) * smooth - self.bias
+        factor = params.get("factor", self.factor)
+        bias = 0.5 * LEVEL * (factor != 1) if self.format.rounds else 0.0
+        out: Tensor = factor * images + (1 - factor) * smooth - bias
         return out.clamp(0, 1)

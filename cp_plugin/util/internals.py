@@ -39,6 +39,8 @@ __all__ = [
     "launched",
     "launched_here",
     "own_modules",
+    "policies_of",
+    "policy_strengths",
     "pop_function_mode",
     "push_function_mode",
     "pushed_function_modes",
@@ -206,3 +208,44 @@ def backbones(base_method: Any) -> dict[str, Any]:
     """Return solo-learn's table of backbones by name: the only place where one can be added."""
     table: dict[str, Any] = base_method._BACKBONES
     return table
+
+
+def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, int | None], ...]]:
+    """Return the pairs of a torchvision `AutoAugment`: names, chances, numbers of strengths."""
+    found: list[tuple[tuple[str, float, int | None], ...]]
+    found = getattr(auto_augment, "_policies", None) or auto_augment.policies
+    return found
+
+
+def policy_strengths(
+    transform: Any, bins: int, height: int, width: int
+) -> dict[str, tuple[Tensor | None, bool]]:
+    """Return what torchvision's AutoAugment, RandAugment, TrivialAugmentWide or AugMix draws from.
+
+    Args:
+        transform: one of them, of v1 or v2.
+        bins: number of strengths.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Returns:
+        For each name its strengths, in torchvision's units (`Solarize` in levels), None where it
+        has none, and whether half of them are negative.
+    """
+    table = getattr(transform, "_AUGMENTATION_SPACE", None)
+    if table is not None:  # v2
+        if not getattr(transform, "all_ops", True):
+            table = transform._PARTIAL_AUGMENTATION_SPACE
+        found = {
+            name: (make(bins, height, width), signed) for name, (make, signed) in table.items()
+        }
+        return {name: (_levels(name, value), signed) for name, (value, signed) in found.items()}
+    of_size = () if type(transform).__name__ == "TrivialAugmentWide" else ((height, width),)
+    space = transform._augmentation_space(bins, *of_size)
+    return {
+        name: (value if value.ndim else None, signed) for name, (value, signed) in space.items()
+    }
+
+
+def _levels(name: str, strengths: Tensor | None) -> Tensor | None:
+    return strengths.double() * 255 if strengths is not None and name == "Solarize" else strengths

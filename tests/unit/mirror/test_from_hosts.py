@@ -203,7 +203,6 @@ def test_subclasses() -> None:
         (v1.Lambda(lambda image: image), "Lambda hides a function"),
         (v2.Lambda(lambda image: image), "Lambda hides a function"),
         (v1.RandomRotation(10, expand=True), "expand=False"),
-        (v1.Compose([v1.ToTensor(), v1.RandomRotation(10)]), "before the conversion"),
         (v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]), "scale=True"),
         (v1.RandomApply([v1.ToTensor()]), "move the conversion"),
         (v1.Compose([v1.ToTensor(), v1.Resize(8, antialias=False)]), "antialias=True"),

@@ -39,6 +39,11 @@ EXACT = {
     "rotation nearest": v1.RandomRotation((20, 70)),
     "rotation bicubic": v1.RandomRotation((20, 70), Mode.BICUBIC),
     "perspective": v1.RandomPerspective(0.5, 0.9),
+    "affine": v1.RandomAffine(40, (0.2, 0.1), (0.7, 1.3), (-20, 20, -10, 10)),
+    "affine of tensors": v1.Compose(
+        [v1.ToTensor(), v1.RandomAffine(40, (0.2, 0.1), interpolation=Mode.BILINEAR, fill=0.3)]
+    ),
+    "rotation of tensors": v1.Compose([v1.ToTensor(), v1.RandomRotation((20, 70), Mode.BILINEAR)]),
     "normalise": v1.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
     "choice": v1.RandomChoice([v1.RandomInvert(1.0), v1.GaussianBlur(3)]),
     "order": v1.RandomOrder([v1.RandomInvert(1.0), v1.ColorJitter(brightness=0.5)]),

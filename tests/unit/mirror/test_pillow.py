@@ -63,6 +63,17 @@ def warped(mode: Mode) -> Oracle:
     return chosen(warp)
 
 
+def mapped(mode: Mode, of_tensors: bool = False) -> Oracle:
+    def warp(image: Image.Image, p: dict[str, Any], i: int) -> Any:
+        given = F.pil_to_tensor(image) if of_tensors else image
+        angle, scale = float(p["angle"][i]), float(p["scale"][i])
+        shift = [int(value) for value in p["shift"][i]]
+        made = F.affine(given, angle, shift, scale, p["shear"][i].tolist(), mode, [30, 60, 90])
+        return F.to_pil_image(made) if of_tensors else made
+
+    return warp
+
+
 def window(mode: str) -> Oracle:
     def cut(image: Image.Image, p: dict[str, Any], i: int) -> Image.Image:
         padded = F.pad(image, [4, 4], 50, mode)
@@ -72,6 +83,8 @@ def window(mode: str) -> Oracle:
     return cut
 
 
+MAP = (40, (0.2, 0.1), (0.7, 1.3), (-20, 20, -9, 9))
+"""Degrees, shifts, scales and shears of an affine map."""
 # (name, transform for a size, oracle for a size, highest 99.9th percentile in 1/255)
 CASES: list[tuple[str, Callable[[int], object], Callable[[int], Oracle], float]] = [
     ("crop bicubic", lambda s: v1.RandomResizedCrop(s, interpolation=Mode.BICUBIC),
@@ -121,6 +134,14 @@ CASES: list[tuple[str, Callable[[int], object], Callable[[int], Oracle], float]]
     *[(f"rotation {mode.value}", lambda s, m=mode: v1.RandomRotation(60, m, fill=(30, 60, 90)),
        lambda s, m=mode: rotated(m), limit)
       for mode, limit in ((Mode.NEAREST, 0.0), (Mode.BILINEAR, 1.0), (Mode.BICUBIC, 1.0))],
+    *[(f"affine {mode.value}",
+       lambda s, m=mode: v1.RandomAffine(*MAP, m, (30, 60, 90)),
+       lambda s, m=mode: mapped(m), limit)
+      for mode, limit in ((Mode.NEAREST, 0.0), (Mode.BILINEAR, 1.0), (Mode.BICUBIC, 1.0))],
+    *[(f"affine {mode.value} of tensors",
+       lambda s, m=mode: v2.Compose([v2.ToImage(), v2.RandomAffine(*MAP, m, (30, 60, 90))]),
+       lambda s, m=mode: mapped(m, of_tensors=True), limit)
+      for mode, limit in ((Mode.NEAREST, 0.0), (Mode.BILINEAR, 1.0))],
     ("Lightly's rotation", lambda s: lightly.RandomRotate(0.5, 90),
      lambda s: chosen(lambda im, p, i: F.rotate(im, 90)), 0.0),
     *[(f"perspective {mode.value}", lambda s, m=mode: v1.RandomPerspective(0.5, 0.7, m),

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
 from cp_plugin.util import internals
 
@@ -215,3 +217,25 @@ def test_who_starts_the_processes_of_a_run() -> None:
     assert internals.launched(several) == []
     assert not internals.launched_here(pl.Trainer(devices=2, strategy="ddp_spawn", **settings))
     assert not internals.launched_here(pl.Trainer(devices=1, **settings))
+
+
+@pytest.mark.parametrize("library", [v1, v2], ids=["v1", "v2"])
+def test_what_policies_draw_from(library: Any) -> None:
+    """_policies, _augmentation_space, _AUGMENTATION_SPACE and _PARTIAL_AUGMENTATION_SPACE"""
+    for first, second in internals.policies_of(library.AutoAugment()):
+        assert {first[0], second[0]} <= set(policies_strengths(library.AutoAugment()))
+    assert "Color" not in policies_strengths(library.AugMix(all_ops=False))
+    for name in ("AugMix", "RandAugment", "TrivialAugmentWide"):
+        found = policies_strengths(getattr(library, name)())
+        assert found["Equalize"] == (None, False)
+        strengths, signed = found["Solarize"]
+        assert strengths is not None
+        assert (strengths.max(), strengths.min(), len(strengths), signed) == (255, 0, 10, False)
+        strengths, signed = found["ShearX"]
+        assert strengths is not None
+        assert strengths.min() == 0
+        assert signed
+
+
+def policies_strengths(transform: Any) -> Any:
+    return internals.policy_strengths(transform, 10, 32, 24)
