@@ -35,6 +35,7 @@ class RunProgress(Callback):
         """Start the bar."""
         self.first_step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
+        self._started = time.monotonic()
         self._shown = logging.getLogger("cp_plugin").level <= logging.INFO
         if self._shown and self._console.is_terminal:
             self._bar = Progress(
@@ -57,8 +58,8 @@ class RunProgress(Callback):
             self._bar.update(self._task, completed=step, metrics=_metrics(trainer))
         elif self._shown and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print_line = f"{self._title}: step {step}/{self._total} {_metrics(trainer)}"
-            self._console.print(print_line, highlight=False, soft_wrap=True)
+            line = f"{self._title}: step {step}/{self._total} {_metrics(trainer)}{self._left(step)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the bar."""
@@ -67,6 +68,13 @@ class RunProgress(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the bar, so that the error stands alone."""
         self._stop()
+
+    def _left(self, step: int) -> str:
+        made = step - self.first_step
+        if made < 2:  # the first takes longer than any other
+            return ""
+        seconds = (time.monotonic() - self._started) / made * (self._total - step)
+        return f", {seconds:.0f} s left"
 
     def _stop(self) -> None:
         if self._bar is not None:
