@@ -1,6 +1,7 @@
 """Lightning callbacks: craft a poison, train a victim or a clean baseline, watch a kNN."""
 
 from cp_plugin.attack import inject as injection
+from cp_plugin.callbacks.clusters import CraftUnlearnableClusters
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews
@@ -28,6 +29,7 @@ __all__ = [
     "CraftSep",
     "CraftTap",
     "CraftTue",
+    "CraftUnlearnableClusters",
     "Defence",
     "InjectPoison",
     "KNNMonitor",

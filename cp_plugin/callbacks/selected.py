@@ -8,6 +8,7 @@ from typing import Any
 
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.callbacks.base import Callback
+from cp_plugin.callbacks.clusters import CraftUnlearnableClusters
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.defend import Defence
 from cp_plugin.callbacks.inject import CanonicalImages, InjectPoison, MirrorViews, NoisePoison
@@ -31,6 +32,7 @@ from cp_plugin.config.baselines import (
     SyntheticConfig,
     TapConfig,
     TueConfig,
+    UnlearnableClustersConfig,
 )
 from cp_plugin.config.selection import CRAFTED, Selection
 from cp_plugin.config.settings import CraftConfig, InjectConfig, UserError
@@ -45,6 +47,7 @@ CRAFTERS: dict[type[Any], type[CraftPoison]] = {
     PilConfig: CraftPil,
     SepConfig: CraftSep,
     TueConfig: CraftTue,
+    UnlearnableClustersConfig: CraftUnlearnableClusters,
 }
 
 

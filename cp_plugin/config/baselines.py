@@ -14,6 +14,7 @@ from cp_plugin.config.settings import (
     Fit,
     Granularity,
     OptimisedConfig,
+    RowType,
     Steps,
     UserError,
     at_least_one,
@@ -138,6 +139,8 @@ class TrainedSurrogateConfig(OptimisedConfig):
     """A poison that is made at once, when its surrogate has been trained on clean images."""
 
     init: ClassVar[str] = ZERO
+    reads_labels: ClassVar[bool] = True
+    """Whether the surrogate is a classifier."""
 
     def alternation(self) -> AlternationConfig:
         """Return one round: a surrogate trained to its end on clean images, then T steps."""
@@ -240,3 +243,48 @@ class PilConfig(TrainedSurrogateConfig):
         super().__post_init__()
         if not 0 < self.shortcut < 1:
             raise UserError(f"poison.shortcut must be in (0, 1), got {self.shortcut}.")
+
+
+@dataclass(frozen=True)
+class UnlearnableClustersConfig(TrainedSurrogateConfig):
+    """Unlearnable clusters (Zhang et al., CVPR 2023): a delta a cluster, towards a wrong one.
+
+    K-means on the features of a surrogate that was trained on clean images, by any method, groups
+    these; the delta of each group moves its images to the centre of the next group.
+    """
+
+    reads_labels: ClassVar[bool] = False
+    eps: float = 16 / 255
+    """Largest change of a pixel, in [0, 1]."""
+    clusters: int = 10
+    """Groups of like images, each with a delta of its own."""
+    epochs: int = 50
+    """Passes over all images by which delta is made."""
+    pgd_steps: int = 1
+    """T: sign-gradient steps on each batch of these passes."""
+    step_size: float = 0.02
+    """Length of one sign-gradient step, in units of eps."""
+    dtype: RowType = "float32"
+    """Of the stored rows."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        super().__post_init__()
+        at_least_one("epochs", self.epochs)
+        self.alternation()  # which checks the number of clusters
+
+    def alternation(self) -> AlternationConfig:
+        """Return one round with a delta a cluster; see `TrainedSurrogateConfig`."""
+        shared = {field.name: getattr(self, field.name) for field in fields(OptimisedConfig)}
+        return CraftConfig(
+            rounds=1,
+            granularity="cluster",
+            clusters=self.clusters,
+            init=self.init,
+            dual_branch=False,
+            **shared,
+        )

@@ -23,6 +23,7 @@ from cp_plugin.config.baselines import (
     TapConfig,
     TrainedSurrogateConfig,
     TueConfig,
+    UnlearnableClustersConfig,
 )
 from cp_plugin.config.defences import Settings as DefenceSettings
 from cp_plugin.config.defences import check_defence, defence_settings
@@ -59,6 +60,7 @@ KINDS: dict[str, type[Any] | None] = {
     "tue": TueConfig,
     "pil": PilConfig,
     "sep": SepConfig,
+    "unlearnable_clusters": UnlearnableClustersConfig,
     "synthetic": SyntheticConfig,
     "random": RandomConfig,
     "inject": InjectConfig,
@@ -159,12 +161,15 @@ class Selection:
     @property
     def needs_classifier(self) -> bool:
         """Whether the surrogate of the poison is a supervised one."""
-        return isinstance(self.poison, (ErrorMinConfig, TrainedSurrogateConfig))
+        if isinstance(self.poison, TrainedSurrogateConfig):
+            return self.poison.reads_labels
+        return isinstance(self.poison, ErrorMinConfig)
 
     def tag(self, settings: Mapping[str, Any]) -> str:
-        """Return `<poison>[-<defence>]-<8 hex digits>`: of all settings and the poison file."""
+        """Return `<poison>[-<defence>]-<8 hex digits>`: of all settings and the files."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for path in (getattr(self.poison, "path", None), getattr(self.poison, "init", None)):
+        own = (self.poison, self.defence)
+        for path in (*(getattr(one, "path", None) for one in own), getattr(own[0], "init", None)):
             if path and path != "random" and Path(path).is_file():
                 digest.update(Path(path).read_bytes())
         return f"{self.label}-{digest.hexdigest()[:8]}"

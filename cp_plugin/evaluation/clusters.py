@@ -28,7 +28,7 @@ ITERATIONS = 30
 
 
 @random_state_kept()
-def put_into_clusters(crafting: Crafting, placed: Placing | None = None) -> None:
+def put_into_clusters(crafting: Crafting, placed: Placing | None = None) -> Tensor:
     """Group the images of a craft by features that its surrogate has by now.
 
     Every process arrives at the same groups.
@@ -36,6 +36,9 @@ def put_into_clusters(crafting: Crafting, placed: Placing | None = None) -> None
     Args:
         crafting: of granularity `cluster`.
         placed: what else the poison file carries; None: nothing.
+
+    Returns:
+        The centres of the groups, float32 (K, D), of length 1.
     """
     host, mirror, config = crafting.host, crafting.mirror, crafting.config
     assert isinstance(config, CraftConfig)
@@ -49,6 +52,7 @@ def put_into_clusters(crafting: Crafting, placed: Placing | None = None) -> None
     crafting.group(clusters, tensors, facts)
     sizes = torch.bincount(clusters, minlength=config.clusters).tolist()
     log.info("%d clusters of %s images", len(sizes), ", ".join(map(str, sorted(sizes))))
+    return middle
 
 
 def centres(features_ND: Tensor, clusters: int, seed: int) -> Tensor:

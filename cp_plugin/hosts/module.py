@@ -148,11 +148,16 @@ class ModuleHost(Host):
         modes = {child: child.training for child in encoder.modules()}
         encoder.eval()
         try:
-            with self._precision():
-                returned = encoder(_of_weights(images_BCHW, encoder))
+            return self.features(images_BCHW)
         finally:
             for child, training in modes.items():
                 child.training = training
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return what `encode` does, with its gradient, in the mode that the encoder is in."""
+        encoder = self.encoder()
+        with self._precision():
+            returned = encoder(_of_weights(images_BCHW, encoder))
         return _features(returned, encoder).flatten(1).float()
 
 

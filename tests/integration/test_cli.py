@@ -83,6 +83,20 @@ def test_craft_inject_export_and_evaluate(method, pretrain, call, tmp_path, imag
     assert rows["clean"]["knn"]["k"] == 3
 
 
+def test_unlearnable_clusters_need_no_labels(pretrain, tmp_path):
+    few = ["poison.clusters=2", "poison.epochs=2", "data.no_labels=True"]
+    code, _, error = pretrain("+poison=unlearnable_clusters", *few)
+    assert code == 0, error
+    poison = Poison.load(only(tmp_path, "poison.safetensors"))
+    assert poison.classes == ("cluster 0", "cluster 1")
+    assert len(poison.owned_keys) == 12
+    assert json.loads(poison.info["schedule"])["noise_steps_done"] == 4  # 2 passes of 2 batches
+    assert "placement.centres" in poison.attached
+    path = only(tmp_path, "poison.safetensors")
+    code, _, error = pretrain("+poison=inject", f"poison.path={path}", "data.no_labels=True")
+    assert code == 0, error
+
+
 def test_inspect_shows_and_draws_a_poison(call, tmp_path):
     delta = Perturbation.uniform(3, (3, 16, 16), 8 / 255)
     Poison(delta, "class", classes=("a", "b", "c")).save(tmp_path / "p.safetensors")

@@ -21,7 +21,14 @@ from cp_plugin import Poison
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.attack.loop import Schedule
 from cp_plugin.attack.separability import class_separability
-from cp_plugin.callbacks import CraftAap, CraftAue, CraftPil, CraftSep, CraftTue
+from cp_plugin.callbacks import (
+    CraftAap,
+    CraftAue,
+    CraftPil,
+    CraftSep,
+    CraftTue,
+    CraftUnlearnableClusters,
+)
 from cp_plugin.config.selection import Selection
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset
@@ -473,3 +480,84 @@ def test_a_poison_is_crafted_from_the_command_line_and_injected(
     assert code == 0, error
     (victim,) = (tmp_path / "trained_models" / "simclr").rglob("result.json")
     assert json.loads(victim.read_text())["surrogate"].lower() == method
+
+
+class Unlabelled(Pictures):
+    """Pictures without classes."""
+
+    def __init__(self, transform: Any, count: int = COUNT) -> None:
+        super().__init__(transform, count)
+        self.targets = [-1] * count
+
+
+def slow_clusters(
+    module: Any, clean: list[Tensor], cluster: list[int], centres: Tensor, steps: int, step: float
+) -> list[Tensor]:
+    """A delta at a time: down the angle between its images and the next cluster's centre."""
+    delta = [torch.zeros(3, 16, 16) for _ in centres]
+    for _ in range(steps):
+        moved = []
+        for k, own in enumerate(delta):
+            leaf = own.clone().requires_grad_()
+            wrong = centres[(k + 1) % len(centres)]
+            total = torch.zeros(())
+            for image, of_image in zip(clean, cluster, strict=True):
+                if of_image == k:
+                    feature = module.backbone((image + leaf).clamp(0, 1)[None])[0]
+                    cosine = (feature * wrong).sum() / (feature.norm() * wrong.norm())
+                    total = total + 1 - cosine
+            moved.append(slow_step(own, torch.autograd.grad(total, leaf)[0], step))
+        delta = moved
+    return delta
+
+
+def test_unlearnable_clusters_move_each_cluster_to_the_next_ones_centre(tmp_path: Path) -> None:
+    """All images in one batch, both views the image itself; no labels."""
+    steps: dict[str, Any] = {"clusters": 3, "epochs": 6, "step_size": 0.1, "eps": EPS}
+    data, module, seen = Unlabelled(TWO_COPIES), Small(), {}
+    craft = CraftUnlearnableClusters(**steps, dir=str(tmp_path))
+
+    def placed(encoder: Any, centres: Tensor) -> Any:
+        seen.update(encoder=copy.deepcopy(encoder), centres=centres)
+        return {}, {}
+
+    craft.placed = placed
+    start = copy.deepcopy(module)
+    fit(module, DataLoader(data, batch_size=COUNT), tmp_path, craft, max_epochs=3)
+    views = torch.stack(list(data.clean()))
+    optimizer = torch.optim.SGD(start.parameters(), lr=0.05)
+    for _ in range(3):  # on clean images
+        optimizer.zero_grad()
+        start.training_step(([views, views], None), 0).backward()
+        optimizer.step()
+    for found, expected in zip(module.parameters(), start.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    poison, raw = Poison.load(tmp_path / "poison.safetensors"), RawDataset(data, None)
+    rows = poison.rows([raw[row].key for row in range(COUNT)])
+    with torch.no_grad():
+        directions = functional.normalize(start.backbone(views))
+    assert rows.tolist() == torch.cdist(directions, seen["centres"]).argmin(1).tolist()
+    assert poison.info["poison"] == "unlearnable_clusters"
+    delta = poison.perturbation.gather(torch.arange(3))
+    expected = slow_clusters(
+        start, list(data.clean()), rows.tolist(), seen["centres"], 6, 0.1 * EPS
+    )
+    assert agreeing(delta, torch.stack(expected)) > 0.99
+    assert delta.abs().max() == pytest.approx(0.6 * EPS)
+    wrong = seen["centres"][(rows + 1) % 3]
+    with torch.no_grad():
+        moved = functional.normalize(start.backbone((views + delta[rows]).clamp(0, 1)))
+    before, after = ((one * wrong).sum(1).mean() for one in (directions, moved))
+    assert after > before
+
+
+def test_unlearnable_clusters_have_the_papers_settings() -> None:
+    found = settings_of("unlearnable_clusters")
+    assert (found.eps, found.clusters, found.epochs) == (pytest.approx(16 / 255), 10, 50)
+    selection = Selection.of({"name": "unlearnable_clusters"}, None)
+    assert selection.crafts
+    assert not selection.needs_classifier
+    with pytest.raises(UserError, match=r"poison\.clusters must be 2 or more, got 1"):
+        CraftUnlearnableClusters(clusters=1)
+    cfg = compose("simclr", ["+poison=unlearnable_clusters"])
+    assert cfg.method == "simclr"

@@ -1,0 +1,60 @@
+"""A trained encoder whose clusters of images a perturbation is to mix up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cp_plugin.data.batch import Batch
+from cp_plugin.hosts.checks import check_module
+from cp_plugin.hosts.lightning import LightningHost
+from cp_plugin.hosts.protocol import LossRequest, LossRequests
+
+
+class ClusterHost(LightningHost):
+    """A LightningModule as the encoder of images in clusters; its own loss trains it, no more.
+
+    What it shows is how far the features of views lie from the centre of another cluster than
+    their image's own: 1 - cosine, mean over views and over images that are in a cluster.
+
+    Source: Zhang et al., "Unlearnable Clusters: Towards Label-agnostic Unlearnable Examples",
+    CVPR 2023, section 3.
+    """
+
+    centres_KD: Tensor
+    """float32, the centres of the clusters, of length 1."""
+    clusters_N: Tensor
+    """int64, on the CPU: the cluster of each image of the data set, negative for none."""
+    shift = 1
+    """How many clusters on the wrong one is; the last ones are followed by the first."""
+
+    def check(self, views: int) -> None:
+        """Check that the module can be used apart from its training; one view is enough."""
+        check_module(self.module)
+
+    def detect_momentum(
+        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
+    ) -> bool:
+        """Take the module as it is: no gradient passes a momentum branch."""
+        return True
+
+    def checking_labels(
+        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None
+    ) -> LossRequests:
+        """Check nothing: features read no labels."""
+        return iter(())
+
+    def show(self, request: LossRequest) -> None:
+        """Show the mean distance of the views from the wrong centres."""
+        clusters_B = self.clusters_N[request.batch.rows].to(self.centres_KD.device)
+        wrong_BD = self.centres_KD[(clusters_B + self.shift) % len(self.centres_KD)]
+        carried_B = (clusters_B >= 0).float()
+        distances = [
+            1 - functional.cosine_similarity(self.features(view), wrong_BD)
+            for view in request.views
+        ]
+        loss = (torch.stack(distances).mean(0) * carried_B).sum() / carried_B.sum().clamp(min=1)
+        request.on_loss(loss)
