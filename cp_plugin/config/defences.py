@@ -180,6 +180,76 @@ class OrthogonalConfig:
 
 
 @dataclass(frozen=True)
+class PurifyConfig:
+    """Images purified by a small denoiser that was trained on clean ones, before augmentation.
+
+    Its network and its training are those of DnCNN (Zhang et al., TIP 2017), smaller.
+    """
+
+    path: str | None = None
+    """A denoiser's `.safetensors` file, as `save` leaves it."""
+    images: str | None = None
+    """In place of it, a folder of clean images to train one on; not the ones that are defended."""
+    save: str | None = None
+    """Where a denoiser that was trained goes, for further victims. None: nowhere."""
+    std: float = 16 / 255
+    """Largest standard deviation of the Gaussian noise that it learns to take off, pixels in
+    [0, 1]."""
+    steps: int = 2_000
+    """Optimiser steps (Adam)."""
+    batch_size: int = 64
+    """Squares of 32 pixels a step."""
+    lr: float = 1e-3
+    """Learning rate at the start; it falls to 0 on a cosine."""
+    depth: int = 6
+    """Convolutions; the paper has 17."""
+    width: int = 32
+    """Channels between them; the paper has 64."""
+    seed: int | None = None
+    """Of weights and noise. None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: a value is out of its range, or there are not one of `path` and `images`.
+        """
+        if (self.path is None) == (self.images is None):
+            raise UserError(
+                "defence=purify takes a denoiser or clean images to train one on: set one of "
+                "defence.path=FILE and defence.images=FOLDER."
+            )
+        if self.save is not None and self.images is None:
+            raise UserError("defence.save keeps a denoiser that is trained; set defence.images.")
+        _within("std", self.std, 1e-6, 1)
+        _within("steps", self.steps, 1, 10_000_000)
+        _within("batch_size", self.batch_size, 1, 1 << 16)
+        _within("depth", self.depth, 2, 100)
+        _within("width", self.width, 1, 1024)
+        _positive("lr", self.lr)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Images purified by a diffusion model of the user's (DiffPure; Nie et al., ICML 2022)."""
+
+    path: str
+    """Folder of an unconditional DDPM of pixels, as diffusers' `save_pretrained` writes it."""
+    steps: int = 100
+    """Of noise that are added and taken off again; of 1,000, the paper takes 100 on CIFAR-10."""
+    seed: int | None = None
+    """Of the noise. None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        """Check the steps.
+
+        Raises:
+            UserError: they are out of their range.
+        """
+        _within("steps", self.steps, 1, 100_000)
+
+
+@dataclass(frozen=True)
 class CutoutConfig:
     """A square of every view set to the mean (DeVries, Taylor, arXiv:1708.04552, 2017)."""
 
@@ -287,6 +357,8 @@ Settings = (
     | GreyConfig
     | BitDepthConfig
     | OrthogonalConfig
+    | PurifyConfig
+    | DiffusionConfig
     | CutoutConfig
     | UeraserConfig
     | MixupConfig
@@ -301,6 +373,8 @@ DEFENCES: dict[str, type[Any] | None] = {
     "grey": GreyConfig,
     "bit_depth": BitDepthConfig,
     "orthogonal": OrthogonalConfig,
+    "purify": PurifyConfig,
+    "diffusion": DiffusionConfig,
     "cutout": CutoutConfig,
     "ueraser": UeraserConfig,
     "mixup": MixupConfig,

@@ -1,15 +1,18 @@
 """Defences of a victim against poisons, for plain PyTorch; `Defence` puts them into Lightning.
 
 `defended` wraps a data set (matrix completion, smoothing, JPEG, grey, bit depth, orthogonal
-projection); `Smoothing`, `Jpeg`, `Grey`, `BitDepth`, `GaussianNoise`, `Cutout`, `Ueraser` are
-transforms; `adversarial_views` moves views against a loss; `worst_views` picks the worst of several
-draws; `Mixing` mixes views and labels; `Private` and
-`with_group_norm` are differentially private SGD; `complete_images` is matrix completion itself.
+projection, purifiers); `Purified` does so by any module that purifies, such as `Denoiser` and
+`DiffusionPurifier`; `Smoothing`, `Jpeg`, `Grey`, `BitDepth`, `GaussianNoise`, `Cutout`, `Ueraser`
+are transforms; `adversarial_views` moves views against a loss; `worst_views` picks the worst of
+several draws; `Mixing` mixes views and labels; `Private` and `with_group_norm` are differentially
+private SGD; `complete_images` is matrix completion itself.
 """
 
 from cp_plugin.defences.completion import Completions, complete_images, completions_of
+from cp_plugin.defences.denoiser import Denoiser
+from cp_plugin.defences.diffusion import DiffusionPurifier
 from cp_plugin.defences.eraser import Ueraser, worst_views
-from cp_plugin.defences.images import Smoothing, defended
+from cp_plugin.defences.images import Purified, Smoothing, defended
 from cp_plugin.defences.lowrank import complete, soft_threshold
 from cp_plugin.defences.mixing import Mixing
 from cp_plugin.defences.privacy import Private, with_group_norm
@@ -21,6 +24,8 @@ __all__ = [
     "BitDepth",
     "Completions",
     "Cutout",
+    "Denoiser",
+    "DiffusionPurifier",
     "GaussianNoise",
     "Grey",
     "Jpeg",
@@ -28,6 +33,7 @@ __all__ = [
     "Pixels",
     "Private",
     "Projection",
+    "Purified",
     "Smoothing",
     "Ueraser",
     "adversarial_views",

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cp_plugin.config.defences import MatrixCompletionConfig
-from cp_plugin.data import PreTransformDataset, RawDataset, SampleError, wrappers
 from cp_plugin.data.image import Size
 from cp_plugin.defences.lowrank import complete
-
-log = logging.getLogger("cp_plugin")
-
-BATCH = 256
+from cp_plugin.defences.precomputed import Precomputed
 
 
 def complete_images(
@@ -71,8 +64,10 @@ def completions_of(
     return torch.stack(made, 1)
 
 
-class Completions:
-    """The completions of a data set's images; what `PreTransformDataset` calls in workers."""
+class Completions(Precomputed):
+    """The completions of a data set's images."""
+
+    name = "matrix completion"
 
     def __init__(
         self,
@@ -82,90 +77,17 @@ class Completions:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        """Make them.
+        """Make them; see `Precomputed`.
 
         Args:
-            dataset: a map-style data set of images, which are completed as they come, poisoned
-                ones with their poison.
+            dataset: a map-style data set of images.
             config: the settings.
-            image_size: canonical height and width in pixels, or the side of a square; None
-                keeps the images' own.
-            device: where they are computed; they are kept on the CPU.
+            image_size: of the canonical images.
+            device: where they are computed.
             seed: used where the configuration has none.
-
-        Raises:
-            UserError: the images cannot be read.
         """
         chosen = seed if config.seed is None else config.seed
         generator = torch.Generator().manual_seed(chosen)
-        started = time.perf_counter()
-        self._place: dict[int, tuple[int, int]] = {}
-        self._made: list[Tensor] = []
-        for keys, images in _batches(dataset, image_size):
-            self._place.update({key: (len(self._made), row) for row, key in enumerate(keys)})
-            self._made.append(completions_of(images.to(device), config, generator).cpu())
-        self.seconds = time.perf_counter() - started
-        """What making them took."""
-        log.info(
-            "matrix completion: %d completions of %d images in %.1f s",
-            config.completions,
-            len(self._place),
-            self.seconds,
+        super().__init__(
+            dataset, lambda images: completions_of(images, config, generator), image_size, device
         )
-
-    def __call__(self, image_CHW: Tensor, key: int, label: int) -> Tensor:
-        """Return one of the image's completions at random, uint8 (C, H, W).
-
-        Raises:
-            SampleError: the image was not among those that were completed.
-        """
-        if key not in self._place:
-            raise SampleError(
-                "matrix completion has not seen this image; give images the same pixels each time "
-                "they are loaded, and augment in the data set's `transform`."
-            )
-        batch, row = self._place[key]
-        choices = self._made[batch][row]
-        return choices[int(torch.randint(len(choices), ()))]
-
-
-def _batches(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the images of a data set once each by key, stacked where their sizes are equal."""
-    seen: set[int] = set()
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    for key, image in canonical_images(dataset, image_size):
-        if key in seen:
-            continue
-        seen.add(key)
-        group = waiting.setdefault(tuple(image.shape), [])
-        group.append((key, image))
-        if len(group) == BATCH:
-            yield _stacked(group)
-            group.clear()
-    for group in waiting.values():
-        if group:
-            yield _stacked(group)
-
-
-def _stacked(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
-    return [key for key, _ in group], torch.stack([image for _, image in group])
-
-
-def canonical_images(dataset: Any, image_size: int | Size | None) -> Iterator[tuple[int, Tensor]]:
-    """Yield key and canonical image, uint8 (C, H, W), of each row of a data set."""
-    if wrappers.transforms_of(dataset):
-        raw = RawDataset(dataset, image_size)
-        for row in range(len(raw)):
-            item = raw[row]
-            yield item.key, item.image
-        return
-    found: list[tuple[int, Tensor]] = []
-
-    def note(image_CHW: Tensor, key: int, label: int) -> Tensor:
-        found.append((key, image_CHW))
-        return image_CHW
-
-    plain = PreTransformDataset(dataset, note, image_size)
-    for row in range(len(plain)):
-        plain[row]
-        yield found.pop()

@@ -11,10 +11,12 @@ from torchvision.transforms.v2 import functional
 
 from cp_plugin.config.defences import (
     BitDepthConfig,
+    DiffusionConfig,
     GreyConfig,
     JpegConfig,
     MatrixCompletionConfig,
     OrthogonalConfig,
+    PurifyConfig,
     SmoothingConfig,
     defence_settings,
 )
@@ -22,6 +24,9 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import PreTransformDataset
 from cp_plugin.data.image import Size
 from cp_plugin.defences.completion import Completions
+from cp_plugin.defences.denoiser import fitted_denoiser
+from cp_plugin.defences.diffusion import diffusion_purifier
+from cp_plugin.defences.precomputed import Precomputed
 from cp_plugin.defences.projection import fitted_projection
 from cp_plugin.defences.squeezing import BitDepth, Grey, Jpeg
 
@@ -32,6 +37,8 @@ ImageSettings = (
     | GreyConfig
     | BitDepthConfig
     | OrthogonalConfig
+    | PurifyConfig
+    | DiffusionConfig
 )
 IMAGE_DEFENCES = get_args(ImageSettings)
 
@@ -73,6 +80,31 @@ class Smoothing(nn.Module):
         return f"{self.config.kind}, size={self.config.size}, sigma={self.config.sigma}"
 
 
+class Purified(Precomputed):
+    """The images of a data set as a purifier leaves them.
+
+    A purifier is any module from uint8 images (B, C, H, W) to the same.
+    """
+
+    name = "purification"
+
+    def __init__(
+        self,
+        dataset: Any,
+        purifier: nn.Module,
+        image_size: int | Size | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Purify them, in eval mode and without gradients; see `Precomputed`."""
+
+        @torch.no_grad()
+        def purified(images_BCHW: Tensor) -> Tensor:
+            found: Tensor = purifier(images_BCHW)
+            return found[:, None]
+
+        super().__init__(dataset, purified, image_size, device)
+
+
 class _Changed:
     """Changes images of a data set by a module; what `PreTransformDataset` calls."""
 
@@ -106,11 +138,12 @@ def defended(
     Args:
         dataset: a map-style data set of images, poisoned ones included; it stays as it is.
         name: `matrix_completion` (all completions are made now), `smoothing`, `jpeg`, `grey`,
-            `bit_depth` or `orthogonal` (its classifier is fitted now).
+            `bit_depth`, `orthogonal` (its classifier is fitted now), `purify` or `diffusion` (all
+            images are purified now).
         image_size: canonical height and width in pixels, or the side of a square; None keeps
             the images' own.
-        device: where completions are computed and the classifier is fitted.
-        seed: of the pixels that are dropped, of the order of the images.
+        device: where completions are computed, classifiers fitted and images purified.
+        seed: of the pixels that are dropped, of the order of the images, of a purifier's noise.
         settings: those of the defence, by name, see `cp_plugin.config.defences`.
 
     Raises:
@@ -123,8 +156,8 @@ def defended(
     if not isinstance(config, IMAGE_DEFENCES):
         raise UserError(
             f"{name} does not change the images of a data set; defended serves matrix_completion, "
-            "smoothing, jpeg, grey, bit_depth and orthogonal, the others act on views and labels "
-            "(see cp_plugin.defences)."
+            "smoothing, jpeg, grey, bit_depth, orthogonal, purify and diffusion, the others act on "
+            "views and labels (see cp_plugin.defences)."
         )
     return with_images_changed(dataset, config, image_size, device, seed)[0]
 
@@ -142,6 +175,11 @@ def with_images_changed(
         return PreTransformDataset(dataset, made, image_size), {
             "completion_seconds": round(made.seconds, 2)
         }
+    if isinstance(config, PurifyConfig | DiffusionConfig):
+        purifier, facts = _purifier(config, device, seed)
+        purified = Purified(dataset, purifier, image_size, device)
+        facts["purification_seconds"] = round(purified.seconds, 2)
+        return PreTransformDataset(dataset, purified, image_size), facts
     facts = {}
     if isinstance(config, OrthogonalConfig):
         change: nn.Module
@@ -151,6 +189,16 @@ def with_images_changed(
         change = _module(config)
     changed = _Changed(change)
     return PreTransformDataset(dataset, changed, image_size, changed.many), facts
+
+
+def _purifier(
+    config: PurifyConfig | DiffusionConfig, device: torch.device | str, seed: int
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return a purifier, on the device, and what making it took."""
+    if isinstance(config, DiffusionConfig):
+        return diffusion_purifier(config, device, seed), {}
+    denoiser, seconds = fitted_denoiser(config, device, seed)
+    return denoiser, {"denoiser_seconds": round(seconds, 2)}
 
 
 def _module(config: SmoothingConfig | JpegConfig | GreyConfig | BitDepthConfig) -> nn.Module:

@@ -14,7 +14,7 @@ from cp_plugin.config.defences import OrthogonalConfig
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import labels
 from cp_plugin.data.image import Size
-from cp_plugin.defences.completion import canonical_images
+from cp_plugin.defences.precomputed import canonical_images
 
 RANK_ABOVE = 1e-4
 """Directions of weights with smaller singular values, as a part of the largest, are rounding."""

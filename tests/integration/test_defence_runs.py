@@ -18,7 +18,16 @@ from cp_plugin.callbacks import MirrorViews
 from cp_plugin.config.defences import DpSgdConfig, OrthogonalConfig
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
-from cp_plugin.defences import BitDepth, Grey, Jpeg, Private, Projection, Smoothing, with_group_norm
+from cp_plugin.defences import (
+    BitDepth,
+    Denoiser,
+    Grey,
+    Jpeg,
+    Private,
+    Projection,
+    Smoothing,
+    with_group_norm,
+)
 from cp_plugin.defences.projection import fitted_weights
 from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.run import check, run
@@ -116,6 +125,22 @@ def test_squeezing_comes_after_the_poison_and_before_the_transform(name, change,
     clean = torch.from_numpy(data.data).permute(0, 3, 1, 2)
     expected = change(poison.apply(clean, targets))
     assert torch.equal((view * 0.25 + 0.5).mul(255).round().to(torch.uint8), expected)
+
+
+def test_a_purifier_cleans_the_poisoned_images_before_the_transform(tmp_path):
+    data = plain()
+    delta = torch.linspace(-8, 8, 12 * 3072).round().view(12, 3, 32, 32) / 255
+    poison = Poison(Perturbation(delta.contiguous(), 8 / 255), "class", classes=data.classes)
+    torch.manual_seed(0)
+    denoiser = Denoiser(3, 4).eval()
+    path = str(denoiser.save(tmp_path / "denoiser.safetensors"))
+    defence = Defence("purify", path=path)
+    view, targets, _ = fit(Classifier(), data, tmp_path, InjectPoison(poison), defence).seen[0]
+    poisoned = poison.apply(torch.from_numpy(data.data).permute(0, 3, 1, 2), targets)
+    expected = denoiser(poisoned)
+    assert torch.equal((view * 0.25 + 0.5).mul(255).round().to(torch.uint8), expected)
+    assert (expected != poisoned).float().mean() > 0.5
+    assert defence.facts().keys() == {"denoiser_seconds", "purification_seconds"}
 
 
 def test_projection_is_fitted_to_the_poisoned_images(tmp_path):

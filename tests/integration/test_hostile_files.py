@@ -81,6 +81,8 @@ def test_a_few_lines_of_yaml_that_stand_for_billions_are_refused(tmp_path: Path)
     ("changed", "said"),
     [
         ({"base": ["poison.dir=/tmp/elsewhere"]}, "where runs write is the study's"),
+        ({"base": ["defence.save=/tmp/elsewhere"]}, "where runs write is the study's"),
+        ({"base": ["+defence.path=/tmp/weights"]}, "no files of weights"),
         ({"base": ["+poison={dir: /tmp/elsewhere}"]}, "where runs write is the study's"),
         ({"victim": ["checkpoint.dir=../.."]}, "where runs write is the study's"),
         ({"victim": ["++name=../../elsewhere"]}, "where runs write is the study's"),

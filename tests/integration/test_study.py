@@ -156,6 +156,7 @@ def test_the_field_has_every_poison_victim_and_defence_within_one_budget(monkeyp
     others = {"inject", "none", "cp_byol", "cp_class_byol"}  # the last two: of one surrogate
     assert settings.poisons.keys() - {"none"} == own - others
     defences = {path.stem for path in (groups / "defence").glob("*.yaml")}
+    defences -= {"diffusion"}  # its weights are the user's, and a study names none
     assert settings.defences.keys() == defences
     crafts = {name: cell for name, cell in plan(settings).items() if cell.kind == "craft"}
     check(crafts)  # they compose; victims differ from those of other studies by a name

@@ -18,10 +18,12 @@ from hydra.errors import HydraException
 
 from cp_plugin.config.settings import UserError
 
-OWN = ("name", "checkpoint.dir", "poison.dir", "cell")
+OWN = ("name", "checkpoint.dir", "poison.dir", "defence.save", "cell")
 """What a study sets itself."""
 FILES = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of timm's models that name files or folders, or fetch weights."""
+WEIGHTS = ("defence.path",)
+"""Settings that name such a file or folder."""
 DATA_PATHS = ("data.train_path", "data.val_path")
 PLAIN = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 """Interpolation of another value of the configuration."""
@@ -61,7 +63,7 @@ def check_overrides(where: str, overrides: Sequence[str]) -> None:
                     f"{where} says {text!r}, but where runs write is the study's to say, below "
                     "--out; leave it out."
                 )
-            if "_target_" in parts or set(parts) & set(FILES):
+            if "_target_" in parts or set(parts) & set(FILES) or name in WEIGHTS:
                 raise UserError(
                     f"{where} says {text!r}, and a study's file names no classes and no files of "
                     "weights; leave it out."
