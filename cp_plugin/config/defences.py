@@ -189,7 +189,8 @@ class PurifyConfig:
     path: str | None = None
     """A denoiser's `.safetensors` file, as `save` leaves it."""
     images: str | None = None
-    """In place of it, a folder of clean images to train one on; not the ones that are defended."""
+    """In place of it, a folder of clean images to train one on; not the ones that are defended.
+    None: the embedded photographs."""
     save: str | None = None
     """Where a denoiser that was trained goes, for further victims. None: nowhere."""
     std: float = 16 / 255
@@ -212,15 +213,14 @@ class PurifyConfig:
         """Check every value.
 
         Raises:
-            UserError: a value is out of its range, or there are not one of `path` and `images`.
+            UserError: a value is out of its range, or a denoiser is both given and to be trained.
         """
-        if (self.path is None) == (self.images is None):
-            raise UserError(
-                "defence=purify takes a denoiser or clean images to train one on: set one of "
-                "defence.path=FILE and defence.images=FOLDER."
-            )
-        if self.save is not None and self.images is None:
-            raise UserError("defence.save keeps a denoiser that is trained; set defence.images.")
+        for name in ("images", "save"):
+            if self.path is not None and getattr(self, name) is not None:
+                raise UserError(
+                    f"defence.path gives a denoiser and defence.{name} is for one that is trained; "
+                    "set one of the two."
+                )
         _within("std", self.std, 1e-6, 1)
         _within("steps", self.steps, 1, 10_000_000)
         _within("batch_size", self.batch_size, 1, 1 << 16)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cp_plugin.config.defences import PurifyConfig
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import load
+from cp_plugin.data import Photos, load
 from cp_plugin.defences.precomputed import canonical_images
 from cp_plugin.util.whole_files import written_whole
 
@@ -96,8 +96,13 @@ class Denoiser(nn.Module):
                 depth, width = (int(shape[key]) for key in ("depth", "width"))
                 if not (2 <= depth <= LARGEST and 1 <= width <= LARGEST):
                     raise ValueError(f"{depth} layers of {width} channels")
-                model = cls(depth, width)
                 names = file.keys()
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                with torch.device("meta"):  # no memory is taken for what the file lacks
+                    planned = cls(depth, width).state_dict()
+                if found != {name: tuple(value.shape) for name, value in planned.items()}:
+                    raise ValueError(f"it has not the weights of {depth} layers, {width} channels")
+                model = cls(depth, width)
                 model.load_state_dict({name: file.get_tensor(name) for name in names})
         except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
             raise UserError(
@@ -113,7 +118,7 @@ def fitted_denoiser(
     """Return the denoiser of the settings, from its file or trained on clean images.
 
     Args:
-        config: the settings, `path` or `images`.
+        config: the settings.
         device: where it is trained.
         seed: used where the configuration has none.
 
@@ -125,10 +130,10 @@ def fitted_denoiser(
     """
     if config.path is not None:
         return Denoiser.read(Path(config.path)).to(device), 0.0
-    assert config.images is not None
     started = time.perf_counter()
     chosen = seed if config.seed is None else config.seed
-    images = [image for _, image in canonical_images(_folder(config.images), None)]
+    clean = Photos(train=True) if config.images is None else _folder(config.images)
+    images = [image for _, image in canonical_images(clean, None)]
     model = train(images, config, device, chosen)
     seconds = time.perf_counter() - started
     log.info("denoiser: trained on %d clean images in %.1f s", len(images), seconds)

@@ -331,13 +331,14 @@ def test_every_settings_class_names_its_defaults_as_the_group_does():
 
     for name, kind in DEFENCES.items():
         group = OmegaConf.load(shipped("configs") / "defence" / f"{name}.yaml").defence
-        values = {key: value for key, value in group.items() if key != "name"}
-        assert group.name == name
+        values = OmegaConf.to_container(group)
+        assert values.pop("name") == name
         if kind is None:
             assert not values
         else:
             assert set(values) == {field.name for field in dataclasses.fields(kind)}
-            assert defence_settings(name, values) == kind()
+            given = {key: "folder" for key, value in values.items() if value == "???"}
+            assert defence_settings(name, values | given) == kind(**given)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "dp_sgd"])

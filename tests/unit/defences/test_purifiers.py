@@ -119,6 +119,8 @@ def test_a_denoiser_is_trained_on_a_folder_of_clean_images(images: Tensor, tmp_p
     dataset = defended(data, "purify", images=str(folder), save=str(kept), **settings)
     again = defended(data, "purify", path=str(kept))
     assert torch.equal(dataset[3][0], again[3][0])
+    other = defended(data, "purify", **settings)  # of the embedded photographs
+    assert not torch.equal(other[3][0], again[3][0])
 
 
 def test_any_module_that_purifies_will_do() -> None:
@@ -135,9 +137,8 @@ def test_any_module_that_purifies_will_do() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "text"),
     [
-        ("purify", {}, r"set one of defence\.path=FILE and defence\.images=FOLDER"),
-        ("purify", {"path": "a", "images": "b"}, r"set one of defence\.path=FILE"),
-        ("purify", {"path": "a", "save": "b"}, r"set defence\.images"),
+        ("purify", {"path": "a", "images": "b"}, r"defence\.images is for one that is trained"),
+        ("purify", {"path": "a", "save": "b"}, r"defence\.save is for one that is trained"),
         ("purify", {"images": "a", "depth": 1}, r"defence\.depth must lie in \[2, 100\]; got 1"),
         ("diffusion", {}, r"defence\.path is missing"),
         ("diffusion", {"path": "a", "steps": 0}, r"defence\.steps must lie in \[1, 100000\]"),
@@ -154,6 +155,10 @@ def test_files_that_are_no_denoisers(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"delta": torch.zeros(3)}, other)
     with pytest.raises(UserError, match=r"no denoiser of cp-plugin, or it is damaged \(its format"):
+        Denoiser.read(other)
+    promised = {"format": "cp-plugin denoiser 1", "depth": "1024", "width": "1024"}
+    save_file(Denoiser(3, 4).state_dict(), other, promised)
+    with pytest.raises(UserError, match="has not the weights of 1024 layers, 1024 channels"):
         Denoiser.read(other)
     whole = Denoiser(3, 4).save(tmp_path / "whole.safetensors").read_bytes()
     other.write_bytes(whole[:-20])
