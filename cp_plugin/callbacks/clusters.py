@@ -14,7 +14,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, RawStream, streams
 from cp_plugin.data.loading import batch_size_of, moved
 from cp_plugin.evaluation.clusters import put_into_clusters
-from cp_plugin.hosts.clusters import ClusterHost
+from cp_plugin.hosts.clusters import ClusterHost, cluster_host
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.seed import derived_seed
 
@@ -44,7 +44,7 @@ class CraftUnlearnableClusters(CraftOnTrained):
                 f"{self.kind} is crafted by one process, got {trainer.world_size}; set devices=1."
             )
         context = trainer.precision_plugin.train_step_context
-        return ClusterHost(pl_module, raw.with_views, (), context, trainer)
+        return cluster_host(pl_module, raw.with_views, "auto", context, trainer)
 
     def _check_stream(self, dataset: Any) -> None:
         """Check that images have rows.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cp_plugin.data.batch import Batch
+from cp_plugin.hosts import host_class
 from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.hosts.protocol import LossRequest, LossRequests
@@ -16,6 +18,8 @@ from cp_plugin.hosts.protocol import LossRequest, LossRequests
 
 class ClusterHost(LightningHost):
     """A LightningModule as the encoder of images in clusters; its own loss trains it, no more.
+
+    `cluster_host` makes one that is of the module's framework too.
 
     What it shows is how far the features of views lie from the centre of another cluster than
     their image's own: 1 - cosine, mean over views and over images that are in a cluster.
@@ -58,3 +62,17 @@ class ClusterHost(LightningHost):
         ]
         loss = (torch.stack(distances).mean(0) * carried_B).sum() / carried_B.sum().clamp(min=1)
         request.on_loss(loss)
+
+
+def cluster_host(module: Any, *arguments: Any) -> ClusterHost:
+    """Return a module as an encoder of images in clusters, by the framework it belongs to.
+
+    Args:
+        module: a LightningModule.
+        arguments: those of `LightningHost` after the module.
+    """
+    own = host_class(module)
+    if own is LightningHost:
+        return ClusterHost(module, *arguments)
+    made: ClusterHost = type(f"Cluster{own.__name__}", (ClusterHost, own), {})(module, *arguments)
+    return made

@@ -69,6 +69,22 @@ def test_the_patch_makes_solo_learns_own_knn_work_and_is_taken_back(
     assert patch.is_needed()
 
 
+def test_unlearnable_clusters_on_a_method_with_a_momentum_branch(
+    stock: Stock, solo_data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Groups and deltas are of the features of the online backbone; 24 images, batches of 8."""
+    few = ("poison.clusters=3", "poison.epochs=2", "max_epochs=1", "optimizer.batch_size=8")
+    made = stock.pretrain("cifar/byol", *solo_data, "+poison=unlearnable_clusters", *few)
+    assert made.code == 0, made.err
+    poison = Poison.load(only(tmp_path, "poison.safetensors"))
+    assert poison.classes == ("cluster 0", "cluster 1", "cluster 2")
+    assert poison.owned_keys is not None
+    assert len(poison.owned_keys) == 24
+    schedule = json.loads(poison.info["schedule"])
+    assert (schedule["surrogate_steps_done"], schedule["noise_steps_done"]) == (3, 6)
+    assert poison.info["host"] == "solo-learn"
+
+
 def test_h5_files_are_read_by_workers(
     stock: Stock,
     image_folder: Callable[..., Path],
