@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from cp_plugin.attack.inject import inject
 from cp_plugin.attack.poison_file import MEMBERS, Poison
-from cp_plugin.callbacks import CraftPoison
+from cp_plugin.callbacks import CraftPoison, CraftUnlearnableClusters
 from cp_plugin.config.baselines import ErrorMinConfig
 from cp_plugin.config.settings import CraftConfig, UserError
 from cp_plugin.data import RawDataset
@@ -195,3 +195,20 @@ def test_a_supervised_poison_has_classes() -> None:
     with pytest.raises(UserError, match="granularity"):
         ErrorMinConfig(granularity="cluster")
     assert CraftConfig(granularity="cluster").clusters == 10
+
+
+@pytest.mark.parametrize("step", [20, 36])
+def test_unlearnable_clusters_go_on_where_they_were_killed(
+    craft: Any, tmp_path: Path, step: int
+) -> None:
+    """In the training of the surrogate, and after its last step, before there are clusters."""
+
+    def callback(folder: str) -> CraftUnlearnableClusters:
+        settings: dict[str, Any] = {"clusters": 3, "epochs": 2, "seed": 3}
+        return CraftUnlearnableClusters(dir=str(tmp_path / folder), **settings)
+
+    whole = craft({}, callback=callback("whole"))
+    resumed = craft({}, f"step={step}.ckpt", callback("resumed"))
+    assert torch.equal(resumed.perturbation.stored, whole.perturbation.stored)
+    assert whole.perturbation.stored.abs().max() > 0
+    assert torch.equal(resumed.attached[MEMBERS], whole.attached[MEMBERS])
