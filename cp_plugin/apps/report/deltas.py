@@ -14,6 +14,7 @@ from cp_plugin.apps.report import figures
 from cp_plugin.apps.report.rows import Row
 from cp_plugin.apps.report.scenes import IMAGES_SHOWN, Picture, data_of
 from cp_plugin.apps.study.settings import NONE
+from cp_plugin.apps.timing import timed
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
@@ -63,7 +64,7 @@ def deltas(
         found: a poison of each label and the victim that it is in, see `scenes.poisons`.
     """
     lines, pictures = [], []
-    for label, (row, poison) in found.items():
+    for label, (row, poison) in timed("perturbations", found.items(), len(found)):
         count = min(len(poison.perturbation), ROWS)
         clean = next((one for one in rows if one.poison == NONE and _alike(one, row)), None)
         seen = _tried(label, lambda row=row, poison=poison: _Shown.of(row, poison))
