@@ -46,6 +46,9 @@ WITH_GRIDS = (LIGHTLY + "image_grid_transform.ImageGridTransform",)
 """Classes that return views, then for each where its pixels were in the image."""
 
 
+KORNIA = "kornia.augmentation."
+
+
 SPT = "stable_pretraining.data.transforms."
 IMAGE = "image"
 """Where stable-pretraining's transforms find the image in the sample that they are given."""
@@ -136,7 +139,7 @@ def _inherits_call(cls: type, names: tuple[str, ...]) -> bool:
     return False
 
 
-LIBRARIES = ("torchvision.transforms.", LIGHTLY, SOLO, SPT)
+LIBRARIES = ("torchvision.transforms.", LIGHTLY, SOLO, SPT, KORNIA)
 NOT_COPIED = (type, list, tuple, FunctionType, MethodType, functools.partial)
 LOOKS = 4
 """How often a user's class is called: one that chooses by chance is not followed."""

@@ -5,6 +5,7 @@ returns a module that maps images (B, C, H, W) in [0, 1] to the list of its view
 """
 
 import cp_plugin.mirror.from_hosts
+import cp_plugin.mirror.from_kornia
 import cp_plugin.mirror.from_stable_pretraining
 import cp_plugin.mirror.from_torchvision
 import cp_plugin.mirror.from_torchvision_policies

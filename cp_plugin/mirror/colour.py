@@ -116,6 +116,20 @@ class GreyNormalize(Operation):
         return mix_channels(images, matrix, -mean / std)
 
 
+class PermuteChannels(Operation):
+    """Channels in an order of its own for each image (torchvision `RandomChannelPermutation`)."""
+
+    commutes_with_flips: bool = True
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Draw `order` (B, C)."""
+        return {"order": torch.rand(shape.batch, shape.channels, generator=generator).argsort(1)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Permute."""
+        return images.gather(1, params["order"][:, :, None, None].expand_as(images))
+
+
 class Normalize(Operation):
     """(x - mean) / std for each channel (torchvision `Normalize`)."""
 

@@ -15,6 +15,7 @@ from cp_plugin.data.pipelines import IMAGE, SPT
 from cp_plugin.mirror.base import ImageFormat, Operation
 from cp_plugin.mirror.blur import PillowBlur
 from cp_plugin.mirror.containers import Identity, RandomApply
+from cp_plugin.mirror.noise import GaussianNoise
 from cp_plugin.mirror.registry import RULES, Rule, Translator, rule
 
 AS_TORCHVISION = {
@@ -22,10 +23,12 @@ AS_TORCHVISION = {
     **dict.fromkeys(("RandomHorizontalFlip", "RandomVerticalFlip"), "_geometry"),
     **dict.fromkeys(("RandomGrayscale", "RandomSolarize", "RandomEqualize"), "_color"),
     **dict.fromkeys(("RandomInvert", "RandomPosterize", "RandomAutocontrast"), "_color"),
-    "RandomAdjustSharpness": "_color",
+    **dict.fromkeys(("RandomAdjustSharpness", "RandomChannelPermutation"), "_color"),
+    **dict.fromkeys(("RandomRotation", "RandomAffine", "RandomPerspective"), "_geometry"),
+    "RandomErasing": "_augment",
 }
 """Classes that do what torchvision's of the same name do, and the module of v2 with those."""
-WITH_PROBABILITY = {"ColorJitter": "_color", "GaussianBlur": "_misc"}
+WITH_PROBABILITY = {"ColorJitter": "_color", "GaussianBlur": "_misc", "GaussianNoise": "_misc"}
 """The same with a `p` of their own."""
 
 
@@ -91,3 +94,22 @@ def to_image(host: Any, translator: Translator) -> Operation:
     return translator.sequence(
         [step for step in host.t.transforms[1:] if type(step).__name__ != "RGB"], "ToImage"
     )
+
+
+@rule(SPT + "WrapTorchTransform")
+@on_image
+def wrapped(host: Any, translator: Translator) -> Operation:
+    """Translate what a WrapTorchTransform calls on the image."""
+    return translator.sequence([host.lambd], "WrapTorchTransform")
+
+
+@rule(SPT + "AdditiveGaussian")
+def additive_gaussian(host: Any, translator: Translator) -> Operation:
+    """Translate an AdditiveGaussian, which takes float tensors and clips nothing."""
+    if translator.format is not ImageFormat.FLOAT:
+        raise UserError(
+            f"AdditiveGaussian expected a float tensor, got {translator.format.value}: put ToImage "
+            "before it."
+        )
+    inner = GaussianNoise(0.0, float(host.sigma), clip=False, name="AdditiveGaussian")
+    return inner if host.p == 1 else RandomApply(inner, float(host.p), "AdditiveGaussian")

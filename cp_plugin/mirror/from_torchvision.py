@@ -28,6 +28,7 @@ V2 = {
     "RandomCrop": "_geometry",
     "RandomRotation": "_geometry",
     "RandomAffine": "_geometry",
+    "Pad": "_geometry",
     "RandomPerspective": "_geometry",
     "RandomEqualize": "_color",
     "RandomInvert": "_color",
@@ -223,6 +224,7 @@ rule("lightly.transforms.torchvision_v2_compatibility.ToTensor")(becomes(ImageFo
 @rule(
     "torchvision.transforms.v2._type_conversion.ToPureTensor",
     "torchvision.transforms.v2._misc.Identity",
+    "torchvision.transforms.v2._color.RGB",
 )
 def identity(host: Any, translator: Translator) -> Operation:
     """Translate a transform that changes nothing."""

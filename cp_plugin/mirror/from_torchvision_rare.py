@@ -6,14 +6,17 @@ from typing import Any
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.mirror.affine import RandomAffine
-from cp_plugin.mirror.base import LEVEL, Operation
-from cp_plugin.mirror.containers import RandomApply, RandomChoice, RandomOrder
+from cp_plugin.mirror.base import LEVEL, ImageFormat, Operation
+from cp_plugin.mirror.colour import PermuteChannels
+from cp_plugin.mirror.containers import RandomApply, RandomChoice, RandomOrder, Sequence
 from cp_plugin.mirror.erasing import RandomErasing
 from cp_plugin.mirror.from_torchvision import both, filter_name, pair, same_format
 from cp_plugin.mirror.geometric import RandomPerspective, RandomRotation
-from cp_plugin.mirror.geometry import RandomCrop
+from cp_plugin.mirror.geometry import Pad, RandomCrop
 from cp_plugin.mirror.intensity import Autocontrast, Equalize, Invert, Posterize, Sharpness
-from cp_plugin.mirror.registry import Translator
+from cp_plugin.mirror.jitter import ColorJitter
+from cp_plugin.mirror.noise import GaussianNoise, Jpeg
+from cp_plugin.mirror.registry import Translator, rule
 
 
 @both("RandomChoice")
@@ -41,20 +44,36 @@ def _branches(host: Any, translator: Translator) -> list[Operation]:
 @both("RandomCrop")
 def random_crop(host: Any, translator: Translator) -> Operation:
     """Translate a RandomCrop."""
-    padding = host.padding or 0
-    values = [padding] if isinstance(padding, int) else list(padding)
+    values = _values(host.padding or 0)
     left, top, right, bottom = values * (4 // len(values))
     if type(host).__module__.startswith("torchvision.transforms.v2") and len(values) == 4:
         left, right, top, bottom = values
-    scale = LEVEL if translator.format.rounds else 1.0
     return RandomCrop(
         pair(host.size),
         (left, top, right, bottom),
         host.pad_if_needed,
         getattr(host.padding_mode, "value", host.padding_mode),
-        tuple(scale * value for value in fill_of(host) or (0.0,)),
+        _padded_with(host, translator),
         "RandomCrop",
     )
+
+
+@both("Pad")
+def pad(host: Any, translator: Translator) -> Operation:
+    """Translate a Pad."""
+    values = _values(host.padding)
+    left, top, right, bottom = values * (4 // len(values))
+    mode = getattr(host.padding_mode, "value", host.padding_mode)
+    return Pad((left, top, right, bottom), mode, _padded_with(host, translator), "Pad")
+
+
+def _values(padding: Any) -> list[int]:
+    return [padding] if isinstance(padding, int) else list(padding)
+
+
+def _padded_with(host: Any, translator: Translator) -> tuple[float, ...]:
+    scale = LEVEL if translator.format.rounds else 1.0
+    return tuple(scale * value for value in fill_of(host) or (0.0,))
 
 
 def fill_of(host: Any) -> tuple[float, ...] | None:
@@ -170,3 +189,50 @@ def random_erasing(host: Any, translator: Translator) -> Operation:
         values = tuple(float(v) for v in ([value] if isinstance(value, (int, float)) else value))
     scale, ratio = tuple(host.scale), tuple(host.ratio)
     return RandomErasing(host.p, scale, ratio, values, "RandomErasing")
+
+
+@rule("torchvision.transforms.v2._color.RandomChannelPermutation")
+def channel_permutation(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomChannelPermutation."""
+    return PermuteChannels("RandomChannelPermutation")
+
+
+@rule("torchvision.transforms.v2._color.RandomPhotometricDistort")
+def photometric_distort(host: Any, translator: Translator) -> Operation:
+    """Translate a RandomPhotometricDistort: contrast comes second or, as often, last."""
+    name, ranges = "RandomPhotometricDistort", (host.brightness, host.contrast, host.saturation)
+    steps = []
+    for kind, bounds in enumerate((*ranges, host.hue)):
+        one: list[Any] = [None] * 4
+        one[kind] = bounds
+        steps.append(ColorJitter(*one[:4], p=host.p, format=translator.format))  # type: ignore[misc]
+    brightness, contrast, saturation, hue = steps
+    orders = [
+        Sequence([brightness, contrast, saturation, hue]),
+        Sequence([brightness, saturation, hue, contrast]),
+    ]
+    return Sequence(
+        [RandomChoice(orders, [1.0, 1.0]), RandomApply(PermuteChannels(), host.p)], name
+    )
+
+
+@rule("torchvision.transforms.v2._misc.GaussianNoise")
+def gaussian_noise(host: Any, translator: Translator) -> Operation:
+    """Translate a GaussianNoise, which takes tensors alone."""
+    if translator.format is ImageFormat.PILLOW:
+        raise UserError(
+            "GaussianNoise expected a tensor, got a Pillow image: put ToImage before it."
+        )
+    mean, sigma = float(host.mean), float(host.sigma)
+    return GaussianNoise(mean, sigma, host.clip, translator.format, "GaussianNoise")
+
+
+@rule("torchvision.transforms.v2._augment.JPEG")
+def jpeg(host: Any, translator: Translator) -> Operation:
+    """Translate a JPEG."""
+    if not translator.format.rounds:
+        raise UserError(
+            f"JPEG expected a Pillow image or a uint8 tensor, got {translator.format.value}: move "
+            "it before the conversion to floats."
+        )
+    return Jpeg(pair(host.quality), "JPEG")

@@ -320,8 +320,9 @@ class RandomCrop(Operation):
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Cut out."""
         height, width = images.shape[-2:]
-        rows = self._window(params["top"], self.size[0], height, images)
-        columns = self._window(params["left"], self.size[1], width, images)
+        *_, high, wide = self.output_shape(Shape(*images.shape))
+        rows = self._window(params["top"], high, height, images)
+        columns = self._window(params["left"], wide, width, images)
         out = separable(images, lambda: (rows, columns))
         if self.mode == "constant" and any(self.fill):
             covered = rows.sum(2)[:, None, :, None] * columns.sum(2)[:, None, None, :]
@@ -350,3 +351,29 @@ class RandomCrop(Operation):
             index = torch.where(index >= size, 2 * size - 1 - index, index)
         column = torch.arange(size, device=start.device)
         return (index[:, :, None] == column).to(like.dtype)
+
+
+class Pad(RandomCrop):
+    """More pixels on every side (torchvision `Pad`); arguments as of `RandomCrop`."""
+
+    def __init__(
+        self,
+        padding: tuple[int, int, int, int],
+        mode: str = "constant",
+        fill: tuple[float, ...] = (0.0,),
+        name: str | None = None,
+    ) -> None:
+        super().__init__((0, 0), padding, False, mode, fill, name)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape with the padding."""
+        (_, height), (_, width) = self._padded(shape)
+        return shape.resized(height, width)
+
+    def sample(self, shape: Shape, generator: torch.Generator | None = None) -> Params:
+        """Return where the padding begins; nothing is drawn."""
+        left, top, _, _ = self.padding
+        return {
+            "top": torch.full((shape.batch,), -top),
+            "left": torch.full((shape.batch,), -left),
+        }

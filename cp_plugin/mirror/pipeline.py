@@ -14,7 +14,15 @@ from cp_plugin.data.pipelines import grid_sides, view_pipelines
 from cp_plugin.mirror.base import Operation, Params, Shape, moved
 from cp_plugin.mirror.colour import Normalize, RandomGrayscale
 from cp_plugin.mirror.containers import Sequence
-from cp_plugin.mirror.geometry import CenterCrop, RandomCrop, RandomResizedCrop, Resize, crop_grid
+from cp_plugin.mirror.from_kornia import Kornia
+from cp_plugin.mirror.geometry import (
+    CenterCrop,
+    Pad,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+    crop_grid,
+)
 from cp_plugin.mirror.registry import Translator, Unmirrored
 
 TOLERANCE = 1e-4
@@ -323,8 +331,13 @@ def _channels(view: Operation, grey_images: bool) -> int:
 
 
 def _final_size(view: Operation) -> tuple[int, int] | None:
-    sizes = [size for step in view.walk() if (size := _size_of(step)) is not None]
-    return sizes[-1] if sizes else None
+    found = None
+    for step in view.walk():
+        if isinstance(step, Pad) and found is not None:
+            left, top, right, bottom = step.padding
+            found = (found[0] + top + bottom, found[1] + left + right)
+        found = _size_of(step) or found
+    return found
 
 
 def _resized_side(view: Operation) -> int | None:
@@ -336,7 +349,11 @@ def _resized_side(view: Operation) -> int | None:
 
 
 def _size_of(step: Operation) -> tuple[int, int] | None:
+    if isinstance(step, Pad):
+        return None
     if isinstance(step, (RandomResizedCrop, RandomCrop, CenterCrop)):
+        return step.size
+    if isinstance(step, Kornia):
         return step.size
     if isinstance(step, Resize) and step.size is not None:
         return (step.size, step.size) if isinstance(step.size, int) else step.size

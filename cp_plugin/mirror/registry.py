@@ -22,6 +22,37 @@ OpFactory = Callable[[Any], Operation]
 """Makes the op of a host's transform."""
 
 
+ALBUMENTATIONS = {
+    "Compose": "Compose",
+    "OneOf": "RandomChoice",
+    "RandomResizedCrop": "RandomResizedCrop",
+    "RandomCrop": "RandomCrop",
+    "CenterCrop": "CenterCrop",
+    "Resize": "Resize",
+    "SmallestMaxSize": "Resize",
+    "HorizontalFlip": "RandomHorizontalFlip",
+    "VerticalFlip": "RandomVerticalFlip",
+    "ColorJitter": "RandomApply([ColorJitter])",
+    "ToGray": "RandomGrayscale",
+    "GaussianBlur": "RandomApply([GaussianBlur])",
+    "GaussNoise": "v2.GaussianNoise",
+    "Solarize": "RandomSolarize",
+    "Posterize": "RandomPosterize",
+    "Equalize": "RandomEqualize",
+    "InvertImg": "RandomInvert",
+    "Affine": "RandomAffine",
+    "Rotate": "RandomRotation",
+    "Perspective": "RandomPerspective",
+    "Erasing": "RandomErasing",
+    "CoarseDropout": "RandomErasing",
+    "ImageCompression": "v2.JPEG",
+    "Normalize": "ToTensor and Normalize",
+    "ToTensorV2": "ToTensor",
+    "ToFloat": "ToTensor",
+}
+"""What torchvision has in the place of transforms of albumentations."""
+
+
 class Unmirrored(Operation):
     """Stands for a transform that nothing is known about; it cannot be applied."""
 
@@ -46,7 +77,7 @@ class Translator:
                 f"{name} expected an image, got {self.format.value}: put IRFFT2DTransform before "
                 "it."
             )
-        rule = RULES.get(name)
+        rule = RULES.get(name) or _of_family(name)
         if rule is not None:
             return rule(host, self)
         op = OPS.get(type(host))
@@ -85,6 +116,8 @@ class Translator:
 Rule = Callable[[Any, Translator], Operation]
 RULES: dict[str, Rule] = {}
 """Built-in ops by the full name of the host's class."""
+FAMILIES: dict[str, Rule] = {}
+"""Built-in ops for all classes of a package, by the beginning of their full names."""
 ON_SPECTRA: set[str] = set()
 """Those of them that take the spectrum of an image."""
 OPS: dict[type, OpFactory] = {}
@@ -136,6 +169,10 @@ def checked_op(op: object, host_class: type) -> Operation:
     return op
 
 
+def _of_family(name: str) -> Rule | None:
+    return next((rule for start, rule in FAMILIES.items() if name.startswith(start)), None)
+
+
 def unknown(host: object) -> str:
     """Say that a class has no op, and how to give it one."""
     name = dotted_name(type(host))
@@ -144,6 +181,14 @@ def unknown(host: object) -> str:
             f"the transform is a function, {host.__qualname__}, that cannot be looked into: use a "
             "pipeline such as transforms.Compose, Lightly's MultiViewTransform([first, second]) "
             "for several views, or a class that holds its pipelines as attributes."
+        )
+    if name.startswith("albumentations."):
+        own = type(host).__name__
+        return (
+            f"{own} is of albumentations, whose transforms take numpy arrays by keyword and have "
+            f"no gradient: write the pipeline with {ALBUMENTATIONS.get(own, 'transforms')} of "
+            "torchvision, or hold it in a class of your own that is called on a Pillow image, and "
+            "give that class an op (cp_plugin.mirror.register_op)."
         )
     if name.endswith(".Lambda"):
         return (

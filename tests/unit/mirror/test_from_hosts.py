@@ -214,3 +214,24 @@ def test_subclasses() -> None:
 def test_refused_pipelines(pipeline: object, text: str) -> None:
     with pytest.raises(UserError, match=text):
         mirror(pipeline)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what the package imports
+def test_albumentations_are_refused_with_what_to_write_instead() -> None:
+    A = pytest.importorskip("albumentations")
+    with pytest.raises(UserError, match=r"HorizontalFlip is of albumentations.*with RandomHorizon"):
+        mirror(A.HorizontalFlip())
+    with pytest.raises(UserError, match=r"with Compose of torchvision.*register_op"):
+        mirror(v1.Compose([A.Compose([A.RandomCrop(8, 8)])]))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("ToGray", "RandomGrayscale"), ("CLAHE", "transforms")]
+)
+def test_classes_of_albumentations_are_known_by_their_names(name: str, other: str) -> None:
+    module = "albumentations.augmentations.pixel.transforms"
+    host = type(name, (), {"__module__": module})()
+    with pytest.raises(
+        UserError, match=rf"{name} is of albumentations.*with {other} of torchvision"
+    ):
+        mirror(host)

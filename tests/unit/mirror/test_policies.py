@@ -65,9 +65,10 @@ def test_every_kind_has_the_hosts_pixels(
     given = oracle.to_tensor(pictures)
     (view,) = twin(given, torch.Generator().manual_seed(0))
     assert not torch.equal(view, given)
+    torch.manual_seed(0)
     for picture, mine in zip(pictures, view, strict=True):
         image: Any = F.pil_to_tensor(picture) if tensors else picture
-        theirs = {as_bytes(host(image)) for _ in range(8)}  # one of each sign
+        theirs = {as_bytes(host(image)) for _ in range(12)}  # one of each sign
         errors = [oracle.errors(mine, decoded(made, mine))["p99.9"] for made in theirs]
         assert min(errors) <= KINDS[kind][1] + 1e-3, errors
 
