@@ -102,12 +102,16 @@ class Denoiser(nn.Module):
                     planned = cls(depth, width).state_dict()
                 if found != {name: tuple(value.shape) for name, value in planned.items()}:
                     raise ValueError(f"it has not the weights of {depth} layers, {width} channels")
-                model = cls(depth, width)
-                model.load_state_dict({name: file.get_tensor(name) for name in names})
+                weights = {name: file.get_tensor(name) for name in names}
+            if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+                raise ValueError("weights are not finite")
+            model = cls(depth, width)
+            model.load_state_dict(weights)
         except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} is no denoiser of cp-plugin, or it is damaged "
-                f"({str(error).splitlines()[0]}); train one with defence.images=FOLDER."
+                f"{path} is no denoiser of cp-plugin, or it is damaged ({reason}); train one with "
+                "defence.images=FOLDER."
             ) from error
         return model.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -19,6 +20,8 @@ from cp_plugin.apps.engine_runs import EngineRun, load_run
 from cp_plugin.apps.export import _authors_delta
 from cp_plugin.apps.hydra_app import compose
 from cp_plugin.apps.pictures import picture_of_rows
+from cp_plugin.apps.report.csv_file import as_csv
+from cp_plugin.apps.report.leaderboard import leaderboard
 from cp_plugin.apps.report.page import _how, _steps, _summary
 from cp_plugin.apps.report.rows import find
 from cp_plugin.apps.report.tables import tables
@@ -30,6 +33,7 @@ from cp_plugin.data import Canonical, RawDataset, load
 from cp_plugin.data.picture_pixels import add, ending, write
 from cp_plugin.data.picture_pixels import read as read_picture
 from cp_plugin.data.png16 import write_png
+from cp_plugin.defences import Denoiser
 from cp_plugin.engine.methods import build_method
 from cp_plugin.engine.placement import CENTRES, SPEC, WEIGHTS, Placement
 from cp_plugin.engine.run import check
@@ -122,6 +126,20 @@ def _read_poison(name: str, content: bytes, place: Path) -> None:
         assert int(placement.clusters(clean[:, :, :32, :32])[0]) < len(placement.centres)
     again = Poison.load(poison.save(place / "again.safetensors"))
     assert torch.equal(again.perturbation.stored, poison.perturbation.stored)
+
+
+def denoisers(place: Path) -> Case:
+    """A denoiser that purifies images."""
+    whole = Denoiser(3, 16).save(place / "denoiser.safetensors").read_bytes()
+    return Case({"denoiser": whole}, (in_header, in_metadata), _read_denoiser)
+
+
+def _read_denoiser(name: str, content: bytes, place: Path) -> None:
+    file = place / "denoiser.safetensors"
+    file.write_bytes(content)
+    image = torch.full((3, SIDE, SIDE), 128, dtype=torch.uint8)
+    purified = Denoiser.read(file)(image)
+    assert (purified.dtype, purified.shape) == (torch.uint8, image.shape)
 
 
 def checkpoints(place: Path) -> Case:
@@ -247,6 +265,8 @@ def results(place: Path) -> Case:
         assert _summary(found)
         for part in (tables(found.rows), _how(found.rows), _steps(found.rows)):
             assert part is not None
+        assert len(leaderboard(found.rows).places) <= len(found.rows)
+        assert len(list(csv.DictReader(io.StringIO(as_csv(found.rows))))) == len(found.rows)
 
     return Case(texts, (in_json, in_json), read)
 
@@ -294,5 +314,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "configuration": configurations,
     "study": studies,
     "results": results,
+    "denoiser": denoisers,
     "image": images,
 }

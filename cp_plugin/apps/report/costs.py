@@ -15,6 +15,9 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.util.run_files import CONFIG_FILE, POISON_FILE, RESULT_FILE
 
+COST = ("image_passes", "craft_minutes")
+"""What a row calls the figures of a poison; a run itself says nothing by these names."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -27,7 +30,7 @@ class Cost:
 
     def facts(self) -> dict[str, Any]:
         """Return the figures by the names that reports give them."""
-        return {"image_passes": self.image_passes, "craft_minutes": round(self.seconds / 60, 2)}
+        return dict(zip(COST, (self.image_passes, round(self.seconds / 60, 2)), strict=True))
 
 
 def cost(crafts: Iterable[Path], known: dict[Path, Cost | None] | None = None) -> Cost | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cp_plugin.apps.report.costs import Cost, cost, crafts_before
+from cp_plugin.apps.report.costs import COST, Cost, cost, crafts_before
 from cp_plugin.apps.study.settings import NONE
 from cp_plugin.apps.study.state import FINISHED, PLAN_FILE, read
 from cp_plugin.config.settings import UserError
@@ -228,7 +228,7 @@ def _settings_of(bank: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = ("knn", "versions", "hardware", "command", "folder")
+    left_out = ("knn", "versions", "hardware", "command", "folder", *COST)
     return {key: value for key, value in result.items() if key not in left_out}
 
 
