@@ -15,9 +15,18 @@ from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.baselines import RandomConfig, SyntheticConfig
 from cp_plugin.config.settings import Fit, Granularity, UserError
-from cp_plugin.data import RawDataset, labels, names_or_numbers
+from cp_plugin.data import (
+    RawDataset,
+    RawStream,
+    labels,
+    names_or_numbers,
+    stream_classes,
+    streams,
+)
 from cp_plugin.data.image import Size
 from cp_plugin.util.provenance import versions
+
+NoiseConfig = RandomConfig | SyntheticConfig
 
 
 @dataclass(frozen=True)
@@ -35,28 +44,50 @@ class Images:
     """How delta and images come together."""
 
     @classmethod
-    def read(cls, dataset: Any, image_size: int | Size | None, fit: Fit = "crop") -> Images:
-        """Read every image once.
+    def read(cls, dataset: Any, image_size: int | Size | None, config: NoiseConfig) -> Images:
+        """Read every image once; of a stream an epoch, or its beginning where that is enough.
 
         Args:
-            dataset: a map-style data set of images.
+            dataset: a data set of images, or a stream of them.
             image_size: canonical height and width in pixels, or the side of a square; None
                 keeps the images' own.
-            fit: as of `Canonical`.
+            config: granularity, fit and fraction are read from it.
         """
+        fit = config.fit
+        if streams(dataset):
+            return cls._of_stream(dataset, image_size, config)
         raw = RawDataset(dataset, image_size, fit)
         channels, height, width = raw[0].image.shape
         keys = torch.tensor([raw[row].key for row in range(len(raw))])
         return cls(dataset, (channels, height, width), keys, labels(dataset), fit)
+
+    @classmethod
+    def _of_stream(cls, stream: Any, image_size: int | Size | None, config: NoiseConfig) -> Images:
+        raw = RawStream(stream, image_size, config.fit, reads_labels=True)
+        whole = config.granularity == "sample" or config.fraction < 1
+        channels, height, width = raw.first()[0].image.shape
+        found = [(item.key, item.label) for item in (raw if whole else raw.first())]
+        keys, labels = torch.tensor(found).unbind(1)
+        known = labels if bool((labels >= 0).any()) else None
+        return cls(stream, (channels, height, width), keys, known, config.fit)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes.
 
         Raises:
-            UserError: the data set has no labels.
+            UserError: the data set has no labels, or a stream does not name its classes.
         """
-        names = names_or_numbers(self.dataset)
+        if streams(self.dataset):
+            names = stream_classes(self.dataset)
+            if names is None and self.labels is not None:
+                raise UserError(
+                    f"{type(self.dataset).__name__} streams its images and does not name its "
+                    "classes, so how many there are is not known before it ends; give it an "
+                    "attribute `classes` with their names in the order of the labels."
+                )
+        else:
+            names = names_or_numbers(self.dataset)
         if names is None or self.labels is None:
             raise UserError(
                 "poison.granularity=class needs labelled images and this data set has no labels; "
@@ -92,7 +123,7 @@ def random_poison(
     Uniform, or Gaussian with standard deviation eps, clipped at eps.
 
     Args:
-        dataset: a map-style data set of images.
+        dataset: a data set of images, or a stream of them.
         image_size: canonical height and width in pixels, or the side of a square; None keeps
             the images' own.
         config: eps, distribution, granularity, fraction and seed.
@@ -103,7 +134,7 @@ def random_poison(
     """
     seed = seed if config.seed is None else config.seed
     generator = torch.Generator().manual_seed(seed)
-    images = Images.read(dataset, image_size, config.fit)
+    images = Images.read(dataset, image_size, config)
     keys = torch.unique(images.keys) if config.granularity == "sample" else None
     count = len(images.classes) if keys is None else len(keys)
     if config.distribution == "uniform":
@@ -132,7 +163,7 @@ def synthetic_poison(
     their patches, scaled so that its largest pixel is eps.
 
     Args:
-        dataset: a map-style data set of labelled images.
+        dataset: a data set of labelled images, or a stream of them.
         image_size: canonical height and width in pixels, or the side of a square; None keeps
             the images' own.
         config: eps, granularity, patch, separation, fraction and seed.
@@ -145,7 +176,7 @@ def synthetic_poison(
     """
     seed = seed if config.seed is None else config.seed
     generator = torch.Generator().manual_seed(seed)
-    images = Images.read(dataset, image_size, config.fit)
+    images = Images.read(dataset, image_size, config)
     if images.labels is None:
         raise UserError(
             "+poison=synthetic draws noise that tells classes apart and this data set has no "
@@ -206,9 +237,6 @@ def _labelled_keys(keys_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     label_of = dict(zip(keys_N[labelled].tolist(), labels_N[labelled].tolist(), strict=True))
     keys = sorted(label_of)
     return torch.tensor(keys), torch.tensor([label_of[key] for key in keys])
-
-
-NoiseConfig = RandomConfig | SyntheticConfig
 
 
 def sample_noise(

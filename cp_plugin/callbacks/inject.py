@@ -24,7 +24,7 @@ from cp_plugin.config.settings import (
     build,
     cache_mode,
 )
-from cp_plugin.data import RawDataset, streams, wrappers
+from cp_plugin.data import RawDataset, RawStream, streams, wrappers
 from cp_plugin.data.canonical import canonical_form, canonical_size
 from cp_plugin.data.read_once import read_once
 from cp_plugin.data.transformed import resized
@@ -256,9 +256,10 @@ class MirrorViews(Callback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         loader = training_loader(trainer)
         dataset = loader.dataset
-        whole = RawDataset(dataset, None)
+        opened = RawStream if streams(dataset) else RawDataset
+        whole = opened(dataset, None)
         view_mirror = with_channels(mirror(whole.transform), whole).to(pl_module.device)
-        raw = RawDataset(dataset, canonical_size(dataset, view_mirror.resized_side))
+        raw = opened(dataset, canonical_size(dataset, view_mirror.resized_side))
         read_once(raw, self._cache, loader)
         generator = torch.Generator()
         seed = run_seed()
@@ -331,6 +332,7 @@ class NoisePoison(InjectPoison):
     @random_state_kept()
     def _draw(self, trainer: Any) -> None:
         dataset = training_loader(trainer).dataset
-        resized_side = mirror_outline(RawDataset(dataset, None).transform).resized_side
+        opened = RawStream if streams(dataset) else RawDataset
+        resized_side = mirror_outline(opened(dataset, None).transform).resized_side
         size = canonical_size(dataset, resized_side, self.config.image_size, self.config.fit)
         self._noise = self._whole = sample_noise(dataset, size, self.config, run_seed())

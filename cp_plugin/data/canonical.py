@@ -35,6 +35,8 @@ from cp_plugin.data.fit import GRID
 from cp_plugin.data.image import Size
 from cp_plugin.data.raw import RawDataset
 from cp_plugin.data.raw_images import UNREADABLE
+from cp_plugin.data.raw_stream import RawStream
+from cp_plugin.data.stream import streams
 
 log = logging.getLogger("cp_plugin")
 
@@ -80,6 +82,10 @@ def canonical_size(
         side = image_size or resized_side or GRID
         log.info("delta lies on a grid of %d x %d over each whole image", side, side)
         return (side, side)
+    if streams(dataset):
+        first = RawStream(dataset, None).first()
+        sizes = [(item.image.shape[1], item.image.shape[2]) for item in first]
+        return stream_size(sizes, resized_side, image_size)
     form = canonical_form(dataset, resized_side, image_size)
     form.announce()
     return form.size

@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 
 from cp_plugin import InjectPoison, Poison
 from cp_plugin.attack.inject import inject
+from cp_plugin.attack.noise import sample_noise
 from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.callbacks import MirrorViews
+from cp_plugin.callbacks.inject import NoisePoison
+from cp_plugin.config.baselines import RandomConfig, SyntheticConfig
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import image_key
 
@@ -226,3 +230,91 @@ def test_a_victim_is_trained_on_a_stream(tmp_path: Any) -> None:
     ]
     assert levels == [number % 7 + 1 for number in range(12)]
     assert isinstance(loader.dataset, Stream)
+
+
+def trained(callbacks: list[Any], stream: Any, workers: int = 0) -> Seen:
+    module = Seen()
+    loader = DataLoader(stream, batch_size=4, num_workers=workers)
+    trainer = Trainer(
+        **{"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False},
+        **{"enable_checkpointing": False, "enable_model_summary": False},
+        callbacks=callbacks,
+    )
+    trainer.fit(module, loader)
+    assert loader.dataset is stream
+    return module
+
+
+class Rows(Dataset[Any]):
+    """The images of a stream as a map-style data set."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.transform, self.classes = stream.transform, ["0", "1", "2"]
+        self.targets = [number % CLASSES for number in range(stream.count)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.transform(Image.fromarray(pixels(row))), self.targets[row]
+
+
+TRAINING = [
+    "ignore:.*does not have many workers.*",
+    "ignore:.*logging interval.*",
+    "ignore:.*`isinstance.treespec, LeafSpec.*",
+]
+NOISES = {
+    "random": RandomConfig(granularity="sample", seed=1),
+    "random, Gaussian": RandomConfig(granularity="sample", distribution="gaussian", seed=1),
+    "random, a class": RandomConfig(granularity="class", seed=1),
+    "random, half of it": RandomConfig(granularity="class", fraction=0.5, seed=1),
+    "synthetic": SyntheticConfig(granularity="class", patch=2, seed=1),
+    "synthetic, a sample": SyntheticConfig(granularity="sample", patch=2, seed=1),
+}
+
+
+@pytest.mark.filterwarnings(*TRAINING)
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_on_a_stream_is_that_of_the_same_images_in_rows(name: str, tmp_path: Any) -> None:
+    stream = Stream(TO_TENSOR)
+    stream.classes = ["0", "1", "2"]
+    of_stream = trained([NoisePoison(NOISES[name], tmp_path / "stream")], stream)
+    of_rows = trained([NoisePoison(NOISES[name], tmp_path / "rows")], Rows(stream))
+    assert torch.equal(torch.stack(of_stream.images), torch.stack(of_rows.images))
+    first, second = (
+        Poison.load(tmp_path / kind / "poison.safetensors") for kind in ("stream", "rows")
+    )
+    every = torch.arange(len(first.perturbation))
+    assert torch.equal(first.perturbation.gather(every), second.perturbation.gather(every))
+    assert (first.classes, first.info) == (second.classes, second.info)
+
+
+def test_classes_of_a_stream_must_be_named_for_noise() -> None:
+    with pytest.raises(UserError, match="does not name its classes"):
+        sample_noise(Stream(TO_TENSOR), None, RandomConfig(granularity="class"), 0)
+
+
+def test_classwise_noise_reads_only_the_beginning_of_a_stream() -> None:
+    stream = Stream(TO_TENSOR, count=10**9)
+    stream.classes = ["0", "1", "2"]
+    poison = sample_noise(stream, None, RandomConfig(granularity="class"), 0)
+    assert len(poison.perturbation) == 3
+
+
+AUGMENT = transforms.Compose(
+    [transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip(), TO_TENSOR]
+)
+
+
+@pytest.mark.filterwarnings(*TRAINING)
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_views_of_a_stream_are_mirrored_like_those_of_rows(poisoned: bool) -> None:
+    def callbacks() -> list[Any]:
+        return [*([InjectPoison(class_poison())] if poisoned else []), MirrorViews()]
+
+    seed_everything(3)
+    of_stream = trained(callbacks(), Stream(AUGMENT))
+    seed_everything(3)
+    of_rows = trained(callbacks(), Rows(Stream(AUGMENT)))
+    assert torch.equal(torch.stack(of_stream.images), torch.stack(of_rows.images))
