@@ -16,6 +16,7 @@ from typing import Any
 from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.provenance import RESULTS, source
 from tests.bench.study_tables import augment, curves, long_runs, reproduction, study, supervised
+from tests.support import lightly_examples
 from tests.support.solo_served import MOMENTUM, SERVED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -347,7 +348,14 @@ def host_methods() -> str:
         dual = ", ".join(f"`{style.name}`" for style in styles if style.momentum) or "none"
         lines.append(f"| {kind} | {names} | {len(styles)} | {dual} |")
     left_out = [f"`{name}` is refused: {reason}." for name, reason in REFUSED.items()]
-    return "\n".join([*lines, "", "Of `stable_pretraining.forward` " + " ".join(left_out)])
+    of_forward = "Of `stable_pretraining.forward` " + " ".join(left_out)
+    files = ", ".join(f"`{name}`" for name in lightly_examples.SERVED)
+    reasons = [f"`{name}`: {reason}." for name, reason in lightly_examples.REFUSED.items()]
+    of_examples = (
+        f"{len(lightly_examples.SERVED)} files of Lightly's `examples/pytorch_lightning` are "
+        f"crafted with as they stand: {files}. Refused: {' '.join(reasons)}"
+    )
+    return "\n".join([*lines, "", of_forward, "", of_examples])
 
 
 def _errors(row: dict[str, float]) -> str:
