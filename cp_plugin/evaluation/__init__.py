@@ -1,1 +1,1 @@
-"""Measures of a representation: kNN, linear probe, fine-tuning, and the banks they use."""
+"""Measures of a representation: kNN, linear probe, fine-tuning, the banks they use; and of delta."""
