@@ -196,15 +196,15 @@ class PurifyConfig:
     std: float = 16 / 255
     """Largest standard deviation of the Gaussian noise that it learns to take off, pixels in
     [0, 1]."""
-    steps: int = 2_000
+    steps: int = 1_000
     """Optimiser steps (Adam)."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Squares of 32 pixels a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate at the start; it falls to 0 on a cosine."""
-    depth: int = 6
+    depth: int = 5
     """Convolutions; the paper has 17."""
-    width: int = 32
+    width: int = 24
     """Channels between them; the paper has 64."""
     seed: int | None = None
     """Of weights and noise. None: the run's seed."""

@@ -1,1 +1,1 @@
-"""Measures of a representation: kNN, linear probe, fine-tuning, the banks they use; and of delta."""
+"""Measures of a representation (kNN, probes, fine-tuning, their banks) and of a perturbation."""
