@@ -62,6 +62,7 @@ def run(
     return ran(main, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_craft_then_victim_then_knn(method, folder, monkeypatch, capsys):
     command = (sys.executable, "-m", "stable_pretraining.cli", "run", f"{method}.yaml", *CRAFT)
