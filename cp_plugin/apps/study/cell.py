@@ -16,6 +16,7 @@ from cp_plugin.apps.study.state import FAILED, FINISHED, RUNNING, Folder
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import no_downloads
 from cp_plugin.util.run_files import POISON_FILE
+from cp_plugin.util.whole_files import NoRoom
 
 log = logging.getLogger("cp_plugin")
 
@@ -44,7 +45,7 @@ class RunCell:
                     found = _work(self._folder, cell)
             except (Exception, SystemExit) as error:  # whatever it is, the other cells go on
                 log.error("%s failed: %s", cell.name, error)
-                reason = str(error) if isinstance(error, UserError) else repr(error)
+                reason = str(error) if isinstance(error, (UserError, NoRoom)) else repr(error)
                 found = {"reason": reason, "traceback": traceback.format_exc()}
                 self._folder.note(cell, FAILED, self._call, **found)
             else:
