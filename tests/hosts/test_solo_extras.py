@@ -102,7 +102,14 @@ def test_h5_files_are_read_by_workers(
     paths = (f"data.train_path={tmp_path}/train.h5", "data.val_path=null")
     small = "augmentations.0.crop_size=32"
     made = stock.pretrain(
-        "imagenet-100/simclr", *source, *paths, small, "+poison=cp", *CRAFT, "poison.rounds=1", "poison.noise_steps=epoch"
+        "imagenet-100/simclr",
+        *source,
+        *paths,
+        small,
+        "+poison=cp",
+        *CRAFT,
+        "poison.rounds=1",
+        "poison.noise_steps=epoch",
     )
     assert made.code == 0, made.err
     file = only(tmp_path, "poison.safetensors")
