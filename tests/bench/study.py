@@ -100,7 +100,7 @@ def _row(folder: Path, cells: dict[str, Cell], cell: Cell, on_gpu: bool) -> Cell
         "granularity": result["granularity"],
         "eps": result["eps"],
         **{
-            f"{measure}_{bank}_bank": banks[bank][measure][key] if bank in banks else None
+            f"{measure}_{bank}_bank": banks.get(bank, {}).get(measure, {}).get(key)
             for measure, key in (("knn", "accuracy"), ("linear", "last"))
             for bank in ("clean", "poisoned")
         },

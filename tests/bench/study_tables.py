@@ -44,7 +44,11 @@ def _setting(result: Result) -> str:
     steps = sorted({cell["result"]["steps"] for cell in measured})
     epochs = sorted({cell["result"]["epochs"] for cell in measured})
     seeds = sorted({cell["seed"] for cell in measured})
-    near, linear = (measured[0]["banks"][0][key] for key in ("knn", "linear"))
+    near, linear = (measured[0]["banks"][0].get(key) for key in ("knn", "linear"))
+    probe = ""
+    if linear:  # a study with `probe: none` has none
+        protocol = linear.get("protocol", "cosine")
+        probe = f"; linear probe `{protocol}`: {linear['epochs']} epochs, last epoch"
     told = f"Percent; seed {seeds[0]}. "
     if len(seeds) > 1:
         told = (
@@ -55,8 +59,7 @@ def _setting(result: Result) -> str:
         f"{told}Victims of {', '.join(map(str, steps))} steps "
         f"({', '.join(map(str, epochs))} epochs)"
         f"{_surrogates(result)}. kNN: k = {near['k']}, T = {near['temperature']}, "
-        f"cosine; linear probe `{linear.get('protocol', 'cosine')}`: {linear['epochs']} epochs, "
-        "last epoch."
+        f"cosine{probe}."
     )
 
 
