@@ -87,9 +87,8 @@ def diffusion_purifier(
             "diffusers' save_pretrained writes it, by defence.path."
         )
     try:
-        pipeline = DDPMPipeline.from_pretrained(
-            config.path, local_files_only=True, use_safetensors=True
-        )
+        opened: Any = DDPMPipeline.from_pretrained  # diffusers gives it no types
+        pipeline = opened(config.path, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
