@@ -1,4 +1,4 @@
-"""The study `demo` on embedded photographs, run side by side: poisons, victims and a table."""
+"""The study `demo` on embedded photographs, run in this process: poisons, victims and a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_plugin.apps.pictures import picture_of_images
-from cp_plugin.apps.study import run_side_by_side
+from cp_plugin.apps.study import run_here
 from cp_plugin.apps.study.settings import NONE, read
 from cp_plugin.apps.study.state import write
 from cp_plugin.attack.poison_file import Poison
@@ -46,7 +46,7 @@ def demo(out: Path, seed: int) -> dict[str, Any]:
         raise UserError(f"{out} is not empty; choose another folder with --out.")
     settings = read(STUDY)
     grid = tuple(replace(axes, seeds=(seed,)) for axes in settings.grid)
-    result = run_side_by_side(replace(settings, grid=grid), out)
+    result = run_here(replace(settings, grid=grid), out)
     for name, reason in result["unfinished"].items():
         raise UserError(f"the demo's run {name} failed: {reason}")
     cells = {cell["name"]: cell for cell in result["cells"]}

@@ -57,8 +57,7 @@ def test_a_short_demo_shows_every_run_and_a_table(
     assert made.out.startswith("It shows a poisoned bank under crops and flips")
     names = [cell.name.replace("-0", "-3") for cell in plan(read(str(file))).values()]
     for number, name in enumerate(names, start=1):
-        assert f"{name} finished" in made.err
-        assert f"[{number}/{len(names)}]" in made.err
+        assert f"{number} of {len(names)}: {name}" in made.err
     result: dict[str, Any] = json.loads((tmp_path / "out" / "result.json").read_text())
     rows = {row["poison"]: row for row in result["rows"]}
     assert list(rows) == ["none", "random", "cp_class", "cp_sample"]

@@ -9,18 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
 from cp_plugin.apps.engine_runs import EngineRun
 from cp_plugin.apps.export import export
-from cp_plugin.apps.study import study
-from cp_plugin.apps.study.cell import RunCell
+from cp_plugin.apps.study import run_here, study
 from cp_plugin.apps.study.overrides import check_launcher, check_overrides
-from cp_plugin.apps.study.plan import plan
 from cp_plugin.apps.study.settings import read as read_study
-from cp_plugin.apps.study.state import PLAN_FILE, Folder, write
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
@@ -131,12 +127,8 @@ def test_a_study_downloads_nothing(
     base = ["data=cifar10", f"data.train_path={tmp_path / place}", "data.val_path=null"]
     node = {"base": base, "poisons": {}, "backbones": {"tiny": []}, "grid": grid}
     (tmp_path / "study.yaml").write_text(json.dumps(node), encoding="utf8")
-    (cell,) = plan(read_study(str(tmp_path / "study.yaml"))).values()
-    folder = Folder(tmp_path / "out")
-    write(folder.path / PLAN_FILE, {"cells": [cell.plain()]})
-    # In this process, where `fetch` stands in for what downloads.
-    RunCell(folder.path, "this call")(OmegaConf.create({"cell": cell.name}))
-    state = folder.state(cell)
+    run_here(read_study(str(tmp_path / "study.yaml")), tmp_path / "out")
+    (state,) = (json.loads(one.read_text()) for one in (tmp_path / "out/cells").glob("*.json"))
     assert state["status"] == "failed"
     assert "a study downloads nothing to where its file says" in state["reason"]
     left = sorted(path.name for path in tmp_path.iterdir())

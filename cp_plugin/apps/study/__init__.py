@@ -19,7 +19,7 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.util.run_files import RESULT_FILE
 from cp_plugin.util.whole_files import clear_partial
 
-__all__ = ["run_side_by_side", "study"]
+__all__ = ["run_here", "study"]
 
 
 def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,22 +40,21 @@ def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) ->
     """
     settings = read_study(config)
     overrides = _for_hydra([*settings.launcher, *launcher])
-    return _run(settings, out, overrides)
+    return _run(settings, out, overrides, here=False)
 
 
-def run_side_by_side(settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
-    """Run the cells of a study two at a time where there are two cores; else as `study` does."""
-    return _run(settings, out, None)
+def run_here(settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
+    """Run the cells of a study in this process, one after the other; else as `study` does."""
+    return _run(settings, out, (), here=True)
 
 
 def _run(
-    settings: StudySettings, out: Path | None, launcher: Sequence[str] | None
+    settings: StudySettings, out: Path | None, launcher: Sequence[str], here: bool
 ) -> dict[str, Any]:
     cells = plan(settings)
     check(cells)
     # After the check, which is the quicker one to fail.
-    from cp_plugin.apps.study.side_by_side import WatchSideBySide
-    from cp_plugin.apps.study.watch import Watch, absolute
+    from cp_plugin.apps.study.watch import Watch, WatchHere, absolute
     from cp_plugin.util.provenance import command, hardware, versions
 
     folder = Folder(absolute(out or Path(f"cp-study-{settings.name}")))
@@ -69,10 +68,7 @@ def _run(
         clear_partial(folder.path)
         started = time.time()
         _write_plan(folder, settings, cells)
-        if launcher is None:
-            watch: Watch = WatchSideBySide(folder, cells)
-        else:
-            watch = Watch(folder, cells, tuple(launcher))
+        watch = (WatchHere if here else Watch)(folder, cells, tuple(launcher))
         watch.run()
         result = {
             "name": settings.name,

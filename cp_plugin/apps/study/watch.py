@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cp_plugin.apps.study.cell import RunCell
 from cp_plugin.apps.study.plan import Cell
 from cp_plugin.apps.study.settings import Overrides
 from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folder
@@ -41,22 +42,6 @@ class Watch:
         Raises:
             UserError: the launcher itself fails, so that no cell is even begun.
         """
-        with self._progress() as (progress, bar):
-            while self._unfinished():
-                tried = self._tried()
-                code = self._attend(progress, bar)
-                if code == 0:
-                    break
-                self._take_result(code)
-                if self._tried() == tried:
-                    raise UserError(
-                        f"the study's launcher ended with exit code {code} before a cell was "
-                        f"begun; {self._folder.log} ends with: {self._end_of_log()}"
-                    )
-            self._show(progress, bar)
-
-    @contextmanager
-    def _progress(self) -> Iterator[tuple[Progress, TaskID]]:
         before = self.counts()[FINISHED]
         if before:
             self._say(f"{before} of {len(self._cells)} cells are finished; going on with the rest")
@@ -70,7 +55,18 @@ class Watch:
             disable=not self._console.is_terminal,
         ) as progress:
             bar = progress.add_task("study", total=len(self._cells), failed=0, now="")
-            yield progress, bar
+            while self._unfinished():
+                tried = self._tried()
+                code = self._attend(progress, bar)
+                if code == 0:
+                    break
+                self._take_result(code)
+                if self._tried() == tried:
+                    raise UserError(
+                        f"the study's launcher ended with exit code {code} before a cell was "
+                        f"begun; {self._folder.log} ends with: {self._end_of_log()}"
+                    )
+            self._show(progress, bar)
 
     def counts(self) -> Counter[str | None]:
         """Return how many cells have which status; None: not run in this call, nor before."""
@@ -162,6 +158,18 @@ class Watch:
         lines = self._folder.log.read_text(encoding="utf8", errors="replace").splitlines()
         told = [line.strip() for line in lines[-LOG_LINES_SHOWN:] if line.strip()]
         return told[-1] if told else "nothing"
+
+
+class WatchHere(Watch):
+    """Runs the cells in this process, where each shows its own progress."""
+
+    def run(self) -> None:
+        """Run each cell whose needs are met, after those that others need."""
+        run = RunCell(self._folder.path, self._call)
+        for number, (name, cell) in enumerate(self._cells.items(), start=1):
+            if all(self._is_finished(other) for other in cell.needs.values()):
+                self._console.rule(f"{number} of {len(self._cells)}: {name}", align="left")
+                run(OmegaConf.create({"cell": name}))
 
 
 def _how(code: int) -> str:

@@ -43,7 +43,7 @@ class Task:
     def __call__(self, cfg: object) -> None:
         """Run one job."""
         end_with_parent()
-        log_plainly()
+        _log_plainly()
         self._run(cfg)  # type: ignore[arg-type]
 
 
@@ -117,7 +117,7 @@ def end_with_parent() -> None:
         threading.Thread(target=watch, name=watch.__qualname__, daemon=True).start()
 
 
-def log_plainly() -> None:
+def _log_plainly() -> None:
     """Write the project's own messages to standard error, which is the study's log."""
     own = logging.getLogger("cp_plugin")
     if not own.handlers:
