@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cp_plugin.apps.export import dataset_of
 from cp_plugin.apps.pictures import picture_of_rows
 from cp_plugin.attack.poison_file import Poison
-from cp_plugin.evaluation.delta_statistics import delta_statistics
+from cp_plugin.evaluation.delta_statistics import delta_statistics, first_rows
 from cp_plugin.evaluation.linear_separability import separability_of
-
-ROWS = 2_048
-"""Rows of delta that statistics are computed from, at most."""
 
 
 def inspect(
@@ -49,8 +44,7 @@ def inspect(
 
 
 def _statistics(poison: Poison) -> dict[str, Any]:
-    count = min(len(poison.perturbation), ROWS)
-    found = delta_statistics(poison.perturbation.gather(torch.arange(count)), poison.eps)
+    found = delta_statistics(first_rows(poison), poison.eps)
     return {
         "rms / eps": round(found.rms, 3),
         "share of pixels at the bound": round(found.at_bound, 3),

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cp_plugin.attack.poison_file import Poison
 from cp_plugin.evaluation.spectra import power, radial, share_below
 
 AT_BOUND = 0.99
 """Pixels of this part of eps and more count as being at the bound."""
+MOST_ROWS = 2_048
+"""Rows of a poison that are looked at."""
 LOW = 0.25
 """Frequencies up to this part of Nyquist's are the low ones."""
 
@@ -39,6 +42,12 @@ class DeltaStatistics:
     """Share at frequencies up to a quarter of Nyquist's; about 0.05 for white noise."""
     profile: tuple[float, ...]
     """Mean power at 0, 1, 2, … cycles an image, over all directions, pixels in [0, 1]."""
+
+
+def first_rows(poison: Poison) -> Tensor:
+    """Return the first rows of a poison's delta (K, C, H, W), as many as statistics look at."""
+    count = min(len(poison.perturbation), MOST_ROWS)
+    return poison.perturbation.gather(torch.arange(count))
 
 
 def delta_statistics(delta_KCHW: Tensor, eps: float) -> DeltaStatistics:

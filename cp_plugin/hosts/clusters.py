@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_plugin.data.batch import Batch
 from cp_plugin.hosts import host_class
-from cp_plugin.hosts.checks import check_module
 from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.protocol import LossRequest, LossRequests
+from cp_plugin.hosts.plain import PlainHost
+from cp_plugin.hosts.protocol import LossRequest
 
 
-class ClusterHost(LightningHost):
+class ClusterHost(PlainHost):
     """A LightningModule as the encoder of images in clusters; its own loss trains it, no more.
 
     `cluster_host` makes one that is of the module's framework too.
@@ -34,22 +32,6 @@ class ClusterHost(LightningHost):
     """int64, on the CPU: the cluster of each image of the data set, negative for none."""
     shift = 1
     """How many clusters on the wrong one is; the last ones are followed by the first."""
-
-    def check(self, views: int) -> None:
-        """Check that the module can be used apart from its training; one view is enough."""
-        check_module(self.module)
-
-    def detect_momentum(
-        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
-    ) -> bool:
-        """Take the module as it is: no gradient passes a momentum branch."""
-        return True
-
-    def checking_labels(
-        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None
-    ) -> LossRequests:
-        """Check nothing: features read no labels."""
-        return iter(())
 
     def show(self, request: LossRequest) -> None:
         """Show the mean distance of the views from the wrong centres."""

@@ -10,36 +10,15 @@ from torch import Tensor
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.batch import Batch
-from cp_plugin.hosts.checks import check_module
-from cp_plugin.hosts.lightning import LightningHost
-from cp_plugin.hosts.protocol import LossRequest, LossRequests
+from cp_plugin.hosts.plain import PlainHost
+from cp_plugin.hosts.protocol import LossRequest
 
 
-class SupervisedHost(LightningHost):
-    """A LightningModule whose `training_step` takes `(views, labels)` and compares no views."""
+class SupervisedHost(PlainHost):
+    """A LightningModule whose `training_step` takes `(views, labels)` and compares no views.
 
-    def check(self, views: int) -> None:
-        """Check that the module's loss can be computed apart from its training.
-
-        Args:
-            views: number of views of an image; one is enough.
-
-        Raises:
-            UserError: it reads its loader itself.
-        """
-        check_module(self.module)
-
-    def detect_momentum(
-        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None = None
-    ) -> bool:
-        """Take the module as it is: it has no momentum branch, and labels are meant to count."""
-        return True
-
-    def checking_labels(
-        self, views: Sequence[Tensor], batch: Batch, labels: Tensor | None
-    ) -> LossRequests:
-        """Check nothing: the labels are meant to count."""
-        return iter(())
+    Its labels are meant to count.
+    """
 
 
 class AdversarialHost(SupervisedHost):

@@ -20,7 +20,11 @@ from cp_plugin.config.settings import UserError
 from cp_plugin.data import RawDataset, labels, names_or_numbers
 from cp_plugin.data.batch import Batch
 from cp_plugin.engine.pipeline import build_pipeline
-from cp_plugin.evaluation.delta_statistics import DeltaStatistics, delta_statistics
+from cp_plugin.evaluation.delta_statistics import (
+    DeltaStatistics,
+    delta_statistics,
+    first_rows,
+)
 from cp_plugin.evaluation.linear_separability import LinearSeparability, separability_of
 from cp_plugin.evaluation.saliency import Saliency, saliency
 from cp_plugin.hosts.lightning import LightningHost
@@ -29,8 +33,6 @@ from cp_plugin.mirror.channels import with_channels
 
 log = logging.getLogger("cp_plugin")
 
-ROWS = 2_048
-"""Rows of delta that statistics are computed from, at most."""
 IMAGES = 32
 """That gradients are computed for."""
 DRAWS = 4
@@ -65,7 +67,6 @@ def deltas(
     """
     lines, pictures = [], []
     for label, (row, poison) in timed("perturbations", found.items(), len(found)):
-        count = min(len(poison.perturbation), ROWS)
         clean = next((one for one in rows if one.poison == NONE and _alike(one, row)), None)
         seen = _tried(label, lambda row=row, poison=poison: _Shown.of(row, poison))
         of_victim = _tried(label, lambda seen=seen, row=row: seen and seen.by(row))
@@ -73,7 +74,7 @@ def deltas(
         lines.append(
             DeltaLine(
                 label,
-                delta_statistics(poison.perturbation.gather(torch.arange(count)), poison.eps),
+                delta_statistics(first_rows(poison), poison.eps),
                 _tried(
                     label, lambda row=row, poison=poison: separability_of(poison, data_of(row)[0])
                 ),

@@ -22,14 +22,13 @@ from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.data import RawDataset, class_names, labels, load
+from cp_plugin.evaluation.delta_statistics import first_rows
 from cp_plugin.evaluation.spectra import power, radial
 from cp_plugin.util.run_files import CONFIG_FILE
 
 log = logging.getLogger("cp_plugin")
 
 IMAGES_SHOWN = 6
-ROWS_IN_SPECTRUM = 2_048
-"""Rows of delta that a spectrum is averaged over, at most."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def spectra(
     """Return a spectrum of each poison, and a picture of all their radial profiles."""
     powers, captions = {}, {}
     for label, (row, poison) in found.items():
-        count = min(len(poison.perturbation), ROWS_IN_SPECTRUM)
-        powers[label] = power(poison.perturbation.gather(torch.arange(count)))
-        captions[label] = f"mean of {count} rows, seed {row.seed}"
+        rows = first_rows(poison)
+        powers[label] = power(rows)
+        captions[label] = f"mean of {len(rows)} rows, seed {row.seed}"
     if not powers:
         return [], None
     limits = figures.common_limits(list(powers.values()))
