@@ -13,6 +13,7 @@ from cp_plugin.callbacks.base import DEFENCE, Callback, prepare_fit
 from cp_plugin.callbacks.batches import labels_of, views_of, with_views
 from cp_plugin.callbacks.craft import CraftPoison
 from cp_plugin.callbacks.loader_hooks import Exchange, renew, training_loader
+from cp_plugin.callbacks.outline import outline
 from cp_plugin.config.defences import (
     AdversarialConfig,
     CutoutConfig,
@@ -34,8 +35,6 @@ from cp_plugin.defences.images import IMAGE_DEFENCES, with_images_changed
 from cp_plugin.defences.privacy import Private, require_opacus, with_group_norm
 from cp_plugin.hosts import adapt
 from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
-from cp_plugin.mirror import Mirror
-from cp_plugin.mirror.channels import with_channels
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.seed import run_seed
@@ -165,7 +164,7 @@ class Defence(Callback):
 
     def _make_private(self, trainer: Any, module: Any, loader: Any, config: DpSgdConfig) -> None:
         dataset = loader.dataset
-        view_mirror = mirror_outline(RawDataset(dataset, None).transform)
+        view_mirror = outline(trainer, module, RawDataset(dataset, None))
         if view_mirror.views != 1:
             check_defence(self.name, type(module).__name__)
         known = labels(dataset)
@@ -210,7 +209,7 @@ class Defence(Callback):
         return step
 
     def _mixed_step(self, module: Any, dataset: Any, config: MixupConfig) -> Defended:
-        view_mirror = _mirror_of(dataset)
+        view_mirror = outline(module.trainer, module, RawDataset(dataset, None))
         if getattr(module, "cfg", None) is None and view_mirror.views != 1:
             check_defence(self.name, type(module).__name__)
         known = labels(dataset)
@@ -229,7 +228,7 @@ class Defence(Callback):
 
     def _pixels(self, module: Any, dataset: Any) -> Pixels:
         """Return what black and white are in views, as the pipeline normalises them."""
-        view_mirror = _mirror_of(dataset)
+        view_mirror = outline(module.trainer, module, RawDataset(dataset, None))
         shape = (1, 3, 1, 1)
         black, white = (view_mirror.normalize(make(shape))[0] for make in (torch.zeros, torch.ones))
         return Pixels(black, white).to(module.device)
@@ -302,8 +301,3 @@ def _loss_in(output: Any) -> Tensor:
     value = output["loss"] if isinstance(output, Mapping) else output
     assert isinstance(value, Tensor)
     return value
-
-
-def _mirror_of(dataset: Any) -> Mirror:
-    raw = RawDataset(dataset, None)
-    return with_channels(mirror_outline(raw.transform), raw)

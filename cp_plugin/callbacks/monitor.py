@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cp_plugin.callbacks.base import Callback, run_folder
 from cp_plugin.callbacks.loader_hooks import training_loader
+from cp_plugin.callbacks.outline import outline
 from cp_plugin.config.settings import MonitorConfig, UserError, given
 from cp_plugin.data import RawDataset, clean_dataset
 from cp_plugin.data.canonical import canonical_form
 from cp_plugin.evaluation.banks import Bank
 from cp_plugin.evaluation.metrics import KnnResult, knn
 from cp_plugin.hosts import adapt
-from cp_plugin.mirror.channels import with_channels
 from cp_plugin.mirror.pipeline import mirror_outline
 from cp_plugin.util.random_state import random_state_kept
 from cp_plugin.util.run_files import KNN_FILE
@@ -87,11 +87,12 @@ class KNNMonitor(Callback):
         if query is None:
             query = _validation_set(trainer)
         raw = RawDataset(bank, None)
-        view_mirror = with_channels(mirror_outline(raw.transform), raw).to(pl_module.device)
+        shown = outline(trainer, pl_module, raw).to(pl_module.device)
         poisons = [callback.poison for callback in trainer.callbacks if hasattr(callback, "poison")]
         self._poison = poisons[0] if poisons else None
-        sizes = (view_mirror.view_size, canonical_form(bank, view_mirror.resized_side).size)
-        self._normalize = view_mirror.normalize
+        resized_side = mirror_outline(raw.transform).resized_side  # as a poison's rows know it
+        sizes = (shown.view_size, canonical_form(bank, resized_side).size)
+        self._normalize = shown.normalize
         self._bank = Bank.clean(bank, *sizes)
         self._query = Bank.clean(query, *sizes).numbered_as(self._bank)
         self._host = adapt(

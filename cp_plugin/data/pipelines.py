@@ -47,9 +47,13 @@ WITH_GRIDS = (LIGHTLY + "image_grid_transform.ImageGridTransform",)
 
 
 KORNIA = "kornia.augmentation."
+KORNIA_WITHOUT_GRADIENT = ("RandomEqualize", "RandomPosterize", "RandomClahe", "RandomJPEG")
+"""Classes that have no useful gradient with respect to the images."""
 
 
 SPT = "stable_pretraining.data.transforms."
+SPT_BATCH = "stable_pretraining.data.gpu_transforms."
+"""Of those that take a whole batch, see `cp_plugin.hosts.stable_pretraining.batch_transform`."""
 IMAGE = "image"
 """Where stable-pretraining's transforms find the image in the sample that they are given."""
 
@@ -61,8 +65,17 @@ class InARow:
         self.transforms = transforms
 
 
+class StandIn:
+    """Stands where a host's transform was, and is called on what that one was called on."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+
 def takes_samples(host: Any) -> bool:
     """Whether a transform is called on a whole sample, a dictionary, and not on its image."""
+    while isinstance(host, StandIn):
+        host = host.host
     return dotted_name(type(host)).startswith(SPT)
 
 
@@ -74,6 +87,10 @@ def view_pipelines(host: Any) -> list[object] | None:
     if name == SPT + "MultiViewTransform":
         views = host.transforms
         return list(views.values() if host.is_keys_specified else views)
+    if name == SPT_BATCH + "StackedMultiView":
+        return [host.chain] * host.n_views
+    if name == SPT_BATCH + "MultiView":
+        return list(host.chains)
     if name in ONE_IN_A_LIST:
         return [host.transform]
     if _inherits_call(type(host), WITH_GRIDS):

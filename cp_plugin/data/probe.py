@@ -8,7 +8,7 @@ from typing import Any
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import slots as markers
 from cp_plugin.data.image import Canonical
-from cp_plugin.data.pipelines import IMAGE, takes_samples, view_form
+from cp_plugin.data.pipelines import IMAGE, StandIn, takes_samples, view_form
 
 
 class Probe:
@@ -23,11 +23,12 @@ class Probe:
         return ProbeOf(self._canonical, self._views, transform)
 
 
-class ProbeOf:
+class ProbeOf(StandIn):
     """Stands in the place of one transform."""
 
     def __init__(self, canonical: Canonical, views: int | None, transform: Any) -> None:
-        self._canonical, self._views, self._transform = canonical, views, transform
+        super().__init__(transform)
+        self._canonical, self._views = canonical, views
         self._form = view_form(transform)
 
     def __call__(self, image: Any = None, /, **named: Any) -> Any:
@@ -39,13 +40,13 @@ class ProbeOf:
                 "called on the image alone; keep one pipeline of torchvision, Lightly or "
                 "solo-learn in `self.transform` and return `self.transform(image)`."
             )
-        if takes_samples(self._transform):
+        if takes_samples(self):
             return self._in_samples(image)
         mark = self._mark(image)
         return mark if self._form is None else markers.rebuilt(self._form, mark.part)
 
     def _mark(self, image: Any) -> markers.ViewMarker:
-        return markers.ViewMarker(self._canonical(image), self._views, self._transform, image)
+        return markers.ViewMarker(self._canonical(image), self._views, self.host, image)
 
     def _in_samples(self, sample: Mapping[str, Any]) -> Any:
         """Return a sample for each view, the marks in place of their images."""

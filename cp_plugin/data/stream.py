@@ -7,6 +7,7 @@ the length of the stream.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,7 +89,7 @@ class PreTransformStream(IterableDataset[Any]):
         if name.startswith("_") or name == "stream":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         found = getattr(self.stream, name)
-        if callable(found) and name not in PASSED_ON:
+        if inspect.isroutine(found) and name not in PASSED_ON:
             # What `map` or `shuffle` of the stream returns would be clean.
             raise AttributeError(
                 f"{type(self).__name__} has no {name!r}: call it on the stream before it is "

@@ -20,7 +20,7 @@ from cp_plugin.data.channels import check_channels
 from cp_plugin.data.image import Canonical, Size, image_key, is_image, like
 from cp_plugin.data.in_memory import AddMany, change_once
 from cp_plugin.data.labels import UNLABELLED, labels
-from cp_plugin.data.pipelines import IMAGE, takes_samples
+from cp_plugin.data.pipelines import IMAGE, StandIn, takes_samples
 from cp_plugin.data.raw import RawDataset, read, transform_not_called
 from cp_plugin.data.raw_images import SampleError, images_in
 from cp_plugin.data.slots import rebuilt
@@ -303,19 +303,19 @@ class Change:
         return ChangedFirst(self, transform)
 
 
-class ChangedFirst:
+class ChangedFirst(StandIn):
     """A poison, then the host's transform."""
 
     def __init__(self, change: Change, transform: Callable[[Any], Any] | None) -> None:
+        super().__init__(transform)
         self._change = change
-        self._transform = transform
 
     def __call__(self, image: Any) -> Any:
         """Return the transform's result on the changed image."""
-        if takes_samples(self._transform):
-            return self._transform({**image, IMAGE: self._change(image[IMAGE])})  # type: ignore[misc]
+        if takes_samples(self):
+            return self.host({**image, IMAGE: self._change(image[IMAGE])})
         changed = self._change(image)
-        return changed if self._transform is None else self._transform(changed)
+        return changed if self.host is None else self.host(changed)
 
     def __repr__(self) -> str:
-        return f"poison, {self._transform!r}"
+        return f"poison, {self.host!r}"

@@ -119,7 +119,7 @@ def check_momentum_gradients(gradients: MomentumGradients, loss: Tensor, delta: 
         raise UserError(
             "expected a loss that depends on the views, got one without a gradient to them: the "
             "host cuts every path (`.data`, `torch.inference_mode`, numpy) or does not use its "
-            "views. Remove the cut from its training_step."
+            "views. Remove the cut from its training_step or its hooks for batches."
         )
     outputs = gradients.lineage.momentum & below
     if not gradients.momentum_modules or any(

@@ -5,16 +5,54 @@ Nothing of stable-pretraining is imported: a module is recognised by the class i
 
 from __future__ import annotations
 
+import logging
 from types import MethodType
 from typing import Any
 
+from torch import nn
+
 from cp_plugin.config.settings import UserError
+from cp_plugin.data.pipelines import KORNIA_WITHOUT_GRADIENT
 from cp_plugin.hosts.lightning import LightningHost
 from cp_plugin.util.internals import trainer_of
 
 BASE_CLASS = ("stable_pretraining.module", "Module")
 STAGE = "fit"
 """What `forward` is told where it trains."""
+POLICIES = ("AutoAugment", "RandAugment", "TrivialAugment")
+"""kornia's classes that apply one of many augmentations, some of them without a gradient."""
+
+log = logging.getLogger("cp_plugin")
+
+
+def batch_transform(trainer: Any) -> Any:
+    """Return the `gpu_transform` that training batches pass on the device, None where none does.
+
+    It is looked for where stable-pretraining does: on the training set and what that wraps, then on
+    the DataModule. A module applies it itself, in the noise phase too: no mirror stands for it.
+    """
+    where = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
+    while where is not None:
+        found = getattr(where, "gpu_transform", None)
+        if found is not None:
+            return found
+        inside = getattr(where, "dataset", None) or getattr(where, "datasets", None)
+        where = inside[0] if isinstance(inside, (list, tuple)) else inside
+    found = getattr(getattr(trainer, "datamodule", None), "gpu_transform", None)
+    return found.get("train") if isinstance(found, dict) else found
+
+
+def log_opaque(transform: Any) -> None:
+    """Name what no gradient passes in a transform of batches: delta is shaped past it."""
+    steps = transform.modules() if isinstance(transform, nn.Module) else ()
+    names = dict.fromkeys(type(step).__name__ for step in steps)
+    opaque = [name for name in names if name in KORNIA_WITHOUT_GRADIENT + POLICIES]
+    if opaque:
+        log.warning(
+            "gpu_transform has %s, which passes no useful gradient on images that it changes; the "
+            "perturbation is shaped by the others alone",
+            ", ".join(opaque),
+        )
 
 
 def is_spt(module: Any) -> bool:
@@ -41,24 +79,20 @@ class SptHost(LightningHost):
         """Check that the module's loss can be minimised over a perturbation.
 
         Args:
-            views: number of views of an image.
+            views: number of views of an image before a `gpu_transform`.
 
         Raises:
-            UserError: as of `LightningHost`, or batches are augmented once more by a
-                `gpu_transform`.
+            UserError: as of `LightningHost`.
         """
         super().check(views)
-        trainer: Any = trainer_of(self.module)
-        where = [getattr(trainer, "datamodule", None), getattr(trainer, "train_dataloader", None)]
-        while (inside := getattr(where[-1], "dataset", None)) is not None:
-            where.append(inside)
-        for owner in where:
-            if getattr(owner, "gpu_transform", None) is not None:
-                raise UserError(
-                    f"{type(owner).__name__} has a gpu_transform, which augments batches behind "
-                    "the views that the mirror makes; let its `transform` make the views, of "
-                    "stable-pretraining's own transforms, and set gpu_transform=None."
-                )
+        log_opaque(self._of_batches())
+
+    def compares(self, views: int) -> bool:
+        """Whether the loss compares views of an image; a `gpu_transform` may make them of one."""
+        return views > 1 or self._of_batches() is not None
+
+    def _of_batches(self) -> Any:
+        return batch_transform(trainer_of(self.module))
 
     def _hands_over(self) -> bool:
         return False

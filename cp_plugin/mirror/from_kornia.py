@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.pipelines import KORNIA
+from cp_plugin.data.pipelines import KORNIA, KORNIA_WITHOUT_GRADIENT
 from cp_plugin.mirror.base import Gradient, ImageFormat, Operation, Params, Shape
 from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.intensity import StraightThrough
@@ -24,7 +24,6 @@ SIZED = ("RandomResizedCrop", "RandomCrop", "CenterCrop", "Resize", "PadTo")
 """Classes that give images of a size of their own."""
 OF_SIDES = ("LongestMaxSize", "SmallestMaxSize")
 """Classes that give each image another size."""
-WITHOUT_GRADIENT = ("RandomEqualize", "RandomPosterize", "RandomClahe", "RandomJPEG")
 SHAPE = "forward_input_shape"
 
 
@@ -102,7 +101,15 @@ def kornia(host: Any, translator: Translator) -> Operation:
     if name == "Normalize":
         mean, std = (host.flags[key].flatten().tolist() for key in ("mean", "std"))
         return Normalize(mean, std, name)
-    return KorniaStraightThrough(host, name) if name in WITHOUT_GRADIENT else Kornia(host, name)
+    return of_kornia(host)
+
+
+def of_kornia(host: Any) -> Kornia:
+    """Return the operation of one of kornia's augmentations."""
+    name = type(host).__name__
+    return (
+        KorniaStraightThrough(host, name) if name in KORNIA_WITHOUT_GRADIENT else Kornia(host, name)
+    )
 
 
 def _sequence(host: Any, name: str, translator: Translator) -> Operation:

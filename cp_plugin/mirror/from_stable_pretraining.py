@@ -1,7 +1,7 @@
 """Operations for stable-pretraining's transforms, which take and return a sample, a dictionary.
 
 Nearly all are torchvision's with a key of the sample that they read and write, and some with a
-probability.
+probability. Those of whole batches are kornia's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 import cp_plugin.mirror.from_torchvision
 import cp_plugin.mirror.from_torchvision_rare  # noqa: F401  (their rules are taken over)
 from cp_plugin.config.settings import UserError
-from cp_plugin.data.pipelines import IMAGE, SPT
+from cp_plugin.data.pipelines import IMAGE, SPT, SPT_BATCH
 from cp_plugin.mirror.base import ImageFormat, Operation
 from cp_plugin.mirror.blur import PillowBlur
+from cp_plugin.mirror.colour import Normalize
 from cp_plugin.mirror.containers import Identity, RandomApply
+from cp_plugin.mirror.from_kornia import of_kornia
 from cp_plugin.mirror.noise import GaussianNoise
 from cp_plugin.mirror.registry import RULES, Rule, Translator, rule
 
@@ -113,3 +115,36 @@ def additive_gaussian(host: Any, translator: Translator) -> Operation:
         )
     inner = GaussianNoise(0.0, float(host.sigma), clip=False, name="AdditiveGaussian")
     return inner if host.p == 1 else RandomApply(inner, float(host.p), "AdditiveGaussian")
+
+
+OF_KORNIA = (
+    *("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter", "GaussianBlur"),
+    *("RandomGrayscale", "RandomSolarize", "RandomErasing", "RandAugment"),
+)
+"""What kornia does to a batch, the names without their `GPU`."""
+
+
+@rule(*(f"{SPT_BATCH}GPU{name}" for name in OF_KORNIA))
+@on_image
+def of_batches(host: Any, translator: Translator) -> Operation:
+    """Translate what calls one of kornia's augmentations on a batch."""
+    return of_kornia(host.kornia_op)
+
+
+@rule(SPT_BATCH + "GPUCompose")
+def batch_compose(host: Any, translator: Translator) -> Operation:
+    """Translate a GPUCompose."""
+    return translator.sequence(host.transforms, "GPUCompose")
+
+
+@rule(SPT_BATCH + "GPUNormalize")
+@on_image
+def batch_normalize(host: Any, translator: Translator) -> Operation:
+    """Translate a GPUNormalize."""
+    return Normalize(host.mean.flatten().tolist(), host.std.flatten().tolist(), "GPUNormalize")
+
+
+@rule(SPT_BATCH + "ToDevice")
+def to_device(host: Any, translator: Translator) -> Operation:
+    """Translate a ToDevice, which changes no pixel."""
+    return Identity("ToDevice")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cp_plugin.config.settings import UserError
 from cp_plugin.data.fit import luminance
-from cp_plugin.data.pipelines import grid_sides, view_pipelines
+from cp_plugin.data.pipelines import InARow, grid_sides, view_pipelines
 from cp_plugin.mirror.base import Operation, Params, Shape, moved
 from cp_plugin.mirror.colour import Normalize, RandomGrayscale
 from cp_plugin.mirror.containers import Sequence
@@ -279,18 +279,22 @@ def mirror(pipeline: object) -> Mirror:
     return _translated(pipeline)
 
 
-def mirror_outline(pipeline: object) -> Mirror:
+def mirror_outline(pipeline: object, of_batches: object = None) -> Mirror:
     """Return a mirror that knows the sizes, the number and the normalisation of views alone.
 
     So transforms without a mirror (RandAugment and others) are no hindrance to whoever makes no
     views: a monitor, an image defence, noise.
+
+    Args:
+        pipeline: as of `mirror`.
+        of_batches: what the host transforms whole batches with after that; None: nothing.
 
     Raises:
         UserError: a transform of an unknown class on float tensors, which may normalise them, or
             one that alone could tell the size of the views.
     """
     try:
-        found = _translated(pipeline, outline=True)
+        found = _translated(pipeline, True, of_batches)
     except UserError as error:
         raise UserError(
             f"the views' size and normalisation cannot be told from the transform: {error}"
@@ -305,7 +309,7 @@ def mirror_outline(pipeline: object) -> Mirror:
     return found
 
 
-def _translated(pipeline: object, outline: bool = False) -> Mirror:
+def _translated(pipeline: object, outline: bool = False, of_batches: object = None) -> Mirror:
     if pipeline is None:
         raise UserError(
             "the data set's transform is None, so it makes no views to mirror; let "
@@ -315,6 +319,9 @@ def _translated(pipeline: object, outline: bool = False) -> Mirror:
         )
     found = view_pipelines(pipeline)
     hosts = [pipeline] if found is None else found
+    if of_batches is not None:
+        after = view_pipelines(of_batches) or [of_batches]
+        hosts = [InARow((host, then)) for host in hosts for then in after]
     if not hosts:
         raise UserError(f"the mirror expected a pipeline with at least one view, got {pipeline!r}.")
     translated: dict[int, Operation] = {}

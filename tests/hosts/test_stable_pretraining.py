@@ -323,13 +323,6 @@ def test_the_mirror_draws_as_for_torchvisions_own():
     assert not torch.equal(made, pixels)
 
 
-def test_a_second_augmentation_on_the_device_is_refused(tmp_path):
-    data = photos()
-    data.gpu_transform = nn.Identity()
-    with pytest.raises(UserError, match="FromTorchDataset has a gpu_transform"):
-        fit(simclr(), data, CraftPoison(**CRAFT))
-
-
 def test_other_parts_of_a_sample_are_refused():
     with pytest.raises(UserError, match=r"RandomGrayscale expected source and target 'image'"):
         mirror(transforms.Compose(transforms.RandomGrayscale(source="depth")))
