@@ -336,7 +336,7 @@ class Crafting:
         missing = self._count_missing()
         if missing:
             log.warning(
-                "%d images were in no batch, as the last ones are with drop_last and no shuffling; "
+                "%d images were in no batch, as those are that drop_last leaves out of each epoch; "
                 "they stay clean, and the poison's fraction says so",
                 missing,
             )
