@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cp_plugin.apps.report.tables import spread
 from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.provenance import RESULTS, source
 from tests.bench.study_tables import augment, curves, long_runs, reproduction, study, supervised
@@ -264,6 +265,37 @@ def survival(results: list[Result]) -> str:
     return "\n".join([*lines, "", told, source(newest)])
 
 
+def tomorrow(results: list[Result]) -> str:
+    """What a poison does on pictures that come later, in the newest run: means over seeds."""
+    newest = results[-1]
+    columns = {
+        "linear_clean": "linear, clean bank",
+        "linear_published": "published",
+        "linear_control": "control",
+        "knn_clean": "kNN, clean bank",
+        "knn_published": "published",
+        "knn_control": "control",
+    }
+    lines = [
+        f"| tomorrow's pictures | {' | '.join(columns.values())} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["tomorrow"] for row in newest["rows"]):
+        own = [row for row in newest["rows"] if row["tomorrow"] == name]
+        cells = [
+            str(spread([row[key] for row in own])) if key in own[0] else "-" for key in columns
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds = sorted({row["seed"] for row in newest["rows"]})
+    told = (
+        f"Percent; mean ± standard deviation of the sample over seeds {', '.join(map(str, seeds))}."
+        f" {newest['pictures']} pictures, half of them protected in {newest['clusters']} clusters, "
+        f"{newest['rounds']} epochs; victims of {newest['rows'][0]['steps']} steps "
+        f"({newest['epochs']} epochs). *Originals*: nothing is protected, today's neither."
+    )
+    return "\n".join([*lines, "", told, source(newest)])
+
+
 def store(results: list[Result]) -> str:
     """Peak memory and sizes of rows in a file, in the newest run."""
     newest = results[-1]
@@ -373,6 +405,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "loader": loader,
     "mirror": mirror,
     "photos": study,
+    "protect": study,
     "rows": study,
     "schedules": curves,
     "solo": solo,
@@ -380,6 +413,7 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "store": store,
     "stream": stream,
     "survival": survival,
+    "tomorrow": tomorrow,
     "whole": whole,
 }
 LISTS: dict[str, Callable[[], str]] = {"solo-methods": solo_methods, "host-methods": host_methods}
