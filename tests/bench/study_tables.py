@@ -201,8 +201,13 @@ def curves(results: list[Result]) -> str:
 
 
 def long_runs(results: list[Result]) -> str:
-    """Victims of the newest study one by one, and how each came there: kNN and loss by steps."""
-    newest = results[-1]
+    """Victims one by one, and how each came there: the newest study of each machine."""
+    newest = {result["provenance"]["hardware"]: result for result in results}
+    return "\n\n".join(map(_long_runs_of, newest.values()))
+
+
+def _long_runs_of(newest: Result) -> str:
+    """Accuracies at the end, then kNN and loss by steps."""
     measured = _measured(newest)
     keys = {
         "linear_clean": "linear, clean bank",
