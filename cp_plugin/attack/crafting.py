@@ -21,6 +21,7 @@ from torch import Tensor
 from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import ATTACHED, MEMBERS, Poison
+from cp_plugin.attack.progress import told
 from cp_plugin.attack.record import record
 from cp_plugin.attack.start import start
 from cp_plugin.attack.stream_rows import ClassRows
@@ -199,7 +200,8 @@ class Crafting:
             views = [view.detach() for view in self.attack.views(first, step)]
             yield from self.host.checking_labels(views, first, self.labels_of(first))
             left = itertools.chain([first], left)
-        yield from self.attack.noise_requests(left, step, losses)
+        shown = told(left, self.schedule.noise_steps)
+        yield from self.attack.noise_requests(shown, step, losses)
         if not losses:
             raise UserError(
                 f"no batch of the noise phase after step {step} had a loss: {self.host.method} "
