@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-log = logging.getLogger("cp_plugin")
+from cp_plugin.util.timing import told
 
 SECONDS_BETWEEN_LINES = 15.0
 T = TypeVar("T")
@@ -30,11 +28,4 @@ def timed(title: str, items: Iterable[T], total: int) -> Iterator[T]:
         with bar:
             yield from bar.track(items, total, description=title)
         return
-    began = last = time.monotonic()
-    for number, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last > SECONDS_BETWEEN_LINES:
-            last = now
-            left = (now - began) / number * (total - number)
-            log.info("%s: %d of %d, %.0f s left", title, number, total, left)
+    yield from told(title, items, total, SECONDS_BETWEEN_LINES)

@@ -21,7 +21,6 @@ from torch import Tensor
 from cp_plugin.attack.inject import check_unpoisoned
 from cp_plugin.attack.loop import Attack, Schedule
 from cp_plugin.attack.poison_file import ATTACHED, MEMBERS, Poison
-from cp_plugin.attack.progress import told
 from cp_plugin.attack.record import record
 from cp_plugin.attack.start import start
 from cp_plugin.attack.stream_rows import ClassRows
@@ -34,6 +33,7 @@ from cp_plugin.data.labels import cluster_name
 from cp_plugin.hosts.module import ModuleHost
 from cp_plugin.hosts.protocol import LossRequests, answer
 from cp_plugin.mirror import Mirror
+from cp_plugin.util.timing import told
 
 log = logging.getLogger("cp_plugin")
 
@@ -43,6 +43,8 @@ CLEAN_SHARE = 0.2
 """Part of a craft by cluster that comes before there are clusters, on clean images."""
 DEVICE_BYTES = 4 << 30
 """Rows up to this size are kept where the model is while they are crafted."""
+SECONDS_BETWEEN_LINES = 60.0
+"""Of the log in a long noise phase, while training makes no step."""
 
 
 class Crafting:
@@ -200,7 +202,7 @@ class Crafting:
             views = [view.detach() for view in self.attack.views(first, step)]
             yield from self.host.checking_labels(views, first, self.labels_of(first))
             left = itertools.chain([first], left)
-        shown = told(left, self.schedule.noise_steps)
+        shown = told("noise phase", left, self.schedule.noise_steps, SECONDS_BETWEEN_LINES)
         yield from self.attack.noise_requests(shown, step, losses)
         if not losses:
             raise UserError(

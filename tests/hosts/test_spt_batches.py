@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -15,12 +16,11 @@ from cp_plugin import CraftPoison, InjectPoison, KNNMonitor, Poison
 from cp_plugin.callbacks import Defence, MirrorViews
 from cp_plugin.config.settings import UserError
 from cp_plugin.data import Photos
-from tests.support.spt_modules import conv
+from tests.support.spt_modules import byol, simclr
 
 spt = pytest.importorskip(
     "stable_pretraining", reason="stable-pretraining is not installed: pip install cp-plugin[spt]"
 )
-forward = pytest.importorskip("stable_pretraining.forward")
 transforms = pytest.importorskip("stable_pretraining.data.transforms")
 gpu = pytest.importorskip("stable_pretraining.data.gpu_transforms")
 datasets = pytest.importorskip("stable_pretraining.data.datasets")
@@ -88,27 +88,10 @@ def photos(of_batches: Any, transform: Any = None) -> Any:
     )
 
 
-def simclr() -> Any:
+def built(make: Callable[[], Any]) -> Any:
+    """A module with the same weights each time."""
     torch.manual_seed(0)
-    return spt.Module(
-        forward=forward.simclr,
-        backbone=conv(),
-        projector=nn.Linear(8, 8),
-        simclr_loss=spt.losses.NTXEntLoss(temperature=0.5),
-        optim={"optimizer": {"type": "SGD", "lr": 0.1}},
-    )
-
-
-def byol() -> Any:
-    torch.manual_seed(0)
-    return spt.Module(
-        forward=forward.byol,
-        backbone=spt.TeacherStudentWrapper(conv(), base_ema_coefficient=0.9),
-        projector=spt.TeacherStudentWrapper(nn.Linear(8, 8), base_ema_coefficient=0.9),
-        predictor=nn.Linear(8, 8),
-        byol_loss=spt.losses.BYOLLoss(),
-        optim={"optimizer": {"type": "SGD", "lr": 0.1}},
-    )
+    return make()
 
 
 def fit(module: Any, data: Any, *callbacks: Any, **settings: Any) -> Any:
@@ -132,7 +115,7 @@ def test_the_poison_is_that_of_the_same_augmentation_in_the_data_set(method, tmp
     made = []
     for name, data in (("batch", by_batch), ("image", by_image)):
         craft = CraftPoison(**CRAFT, dir=str(tmp_path / name))
-        fit(method(), data, craft)
+        fit(built(method), data, craft)
         poison = craft.poison()
         made.append(poison.perturbation.gather(torch.arange(len(poison.perturbation))))
     assert made[0].shape == made[1].shape
@@ -152,7 +135,7 @@ def test_every_noise_step_draws_anew_and_a_seed_tells_what(tmp_path):
             )
         )
         craft = CraftPoison(**CRAFT, dir=str(tmp_path / name))
-        fit(simclr(), photos(seen), craft)
+        fit(built(simclr), photos(seen), craft)
         kept.append(craft.poison().perturbation.stored)
         kept.append([view for _, view in views][-CRAFT["pgd_steps"] :])
     assert torch.equal(first[0], second[0])
@@ -161,11 +144,13 @@ def test_every_noise_step_draws_anew_and_a_seed_tells_what(tmp_path):
 
 def test_a_victim_trains_on_poisoned_pixels_by_rows_and_by_stream(tmp_path):
     craft = CraftPoison(**CRAFT, dir=str(tmp_path / "craft"))
-    fit(simclr(), photos(gpu.StackedMultiView(augmented(), 2)), craft, limit_train_batches=None)
+    fit(
+        built(simclr), photos(gpu.StackedMultiView(augmented(), 2)), craft, limit_train_batches=None
+    )
     poison = Poison.load(tmp_path / "craft" / "poison.safetensors")
     clean, seen = (Seen(gpu.StackedMultiView(augmented(), 2)) for _ in range(2))
-    fit(simclr(), photos(clean), max_epochs=1)
-    fit(simclr(), photos(seen), InjectPoison(poison), max_epochs=1)
+    fit(built(simclr), photos(clean), max_epochs=1)
+    fit(built(simclr), photos(seen), InjectPoison(poison), max_epochs=1)
     change = seen.images[0] - clean.images[0]
     assert 0 < float(change.abs().max()) <= poison.eps + 1e-6
     streamed = Seen(gpu.StackedMultiView(augmented(), 2))
@@ -177,10 +162,10 @@ def test_a_victim_trains_on_poisoned_pixels_by_rows_and_by_stream(tmp_path):
 
     plain = transforms.Compose(transforms.RGB(), transforms.ToImage())
     stream = Stream(transform=plain, gpu_transform=streamed)
-    fit(simclr(), DataLoader(stream, batch_size=12), InjectPoison(poison), max_epochs=1)
+    fit(built(simclr), DataLoader(stream, batch_size=12), InjectPoison(poison), max_epochs=1)
     torch.testing.assert_close(streamed.images[0], seen.images[0])
     mirrored = Seen(gpu.StackedMultiView(augmented(), 2))
-    fit(simclr(), photos(mirrored), InjectPoison(poison), MirrorViews(), max_epochs=1)
+    fit(built(simclr), photos(mirrored), InjectPoison(poison), MirrorViews(), max_epochs=1)
     torch.testing.assert_close(mirrored.images[0], seen.images[0])
 
 
@@ -193,7 +178,7 @@ def test_the_monitor_shows_images_as_the_batch_transform_does():
     }
     query = Photos(train=False, patches=2)
     for name, data in cases.items():
-        module, inputs = simclr(), shown.setdefault(name, [])
+        module, inputs = built(simclr), shown.setdefault(name, [])
         module.backbone.register_forward_pre_hook(
             lambda net, given, inputs=inputs: None if net.training else inputs.append(given[0])
         )
@@ -204,7 +189,7 @@ def test_the_monitor_shows_images_as_the_batch_transform_does():
 
 
 def test_a_defence_knows_black_and_white_of_the_batch_transform():
-    module, views = simclr(), []
+    module, views = built(simclr), []
     module.backbone.register_forward_pre_hook(lambda net, given: views.append(given[0].detach()))
     data = photos(gpu.StackedMultiView(normalised(), 2))
     fit(module, data, Defence("noise", std=0.5), max_epochs=1)
@@ -223,14 +208,18 @@ def test_a_batch_transform_without_a_gradient_is_refused(tmp_path):
             return super().forward(batch)
 
     with pytest.raises(UserError, match="or its hooks for batches"):
-        fit(simclr(), photos(Cut(normalised(), 2)), CraftPoison(**CRAFT, dir=str(tmp_path / "o")))
+        fit(
+            built(simclr),
+            photos(Cut(normalised(), 2)),
+            CraftPoison(**CRAFT, dir=str(tmp_path / "o")),
+        )
 
 
 def test_what_no_gradient_passes_is_named(tmp_path, caplog):
     chain = normalised(gpu.GPURandAugment())
     with caplog.at_level(logging.WARNING, "cp_plugin"):
         data = photos(gpu.StackedMultiView(chain, 2))
-        fit(simclr(), data, CraftPoison(**CRAFT, dir=str(tmp_path / "o")))
+        fit(built(simclr), data, CraftPoison(**CRAFT, dir=str(tmp_path / "o")))
     assert "gpu_transform has RandAugment" in caplog.text
 
 
@@ -240,4 +229,4 @@ def test_a_monitor_names_the_batch_transform_that_it_cannot_read():
             return batch
 
     with pytest.raises(UserError, match=r"cannot be told from the transform.*Own"):
-        fit(simclr(), photos(Own()), KNNMonitor(query=Photos(train=False, patches=2)))
+        fit(built(simclr), photos(Own()), KNNMonitor(query=Photos(train=False, patches=2)))

@@ -23,7 +23,7 @@ from cp_plugin.hosts.gradients import momentum_gradients, preserve_state
 from cp_plugin.hosts.modes import hold_still
 from cp_plugin.hosts.stable_pretraining import SptHost
 from cp_plugin.mirror import mirror
-from tests.support.spt_modules import conv
+from tests.support.spt_modules import byol, conv, simclr
 from tests.support.watched import Watched
 
 spt = pytest.importorskip(
@@ -64,27 +64,6 @@ def photos(named: bool = False) -> Any:
         Photos(train=True, patches=2),
         names=["image", "label"],
         transform=transforms.MultiViewTransform(views),
-    )
-
-
-def simclr() -> Any:
-    return spt.Module(
-        forward=forward.simclr,
-        backbone=conv(),
-        projector=nn.Linear(8, 8),
-        simclr_loss=spt.losses.NTXEntLoss(temperature=0.5),
-        optim={"optimizer": {"type": "SGD", "lr": 0.1}},
-    )
-
-
-def byol() -> Any:
-    return spt.Module(
-        forward=forward.byol,
-        backbone=spt.TeacherStudentWrapper(conv(), base_ema_coefficient=0.9),
-        projector=spt.TeacherStudentWrapper(nn.Linear(8, 8), base_ema_coefficient=0.9),
-        predictor=nn.Linear(8, 8),
-        byol_loss=spt.losses.BYOLLoss(),
-        optim={"optimizer": {"type": "SGD", "lr": 0.1}},
     )
 
 
