@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from cp_plugin.data.raw_images import RawImages
-from cp_plugin.hosts.lightning import batch_hooks
+from cp_plugin.hosts.lightning import batch_hooks, hook_owner
 from cp_plugin.hosts.stable_pretraining import batch_transform, is_spt
 from cp_plugin.mirror import Mirror
 from cp_plugin.mirror.channels import with_channels
@@ -33,7 +33,7 @@ def outline(trainer: Any, module: Any, raw: RawImages) -> Mirror:
             log.warning(
                 "%s.%s is not looked into: where it normalises batches, let the data set's "
                 "transform do so, since that alone tells how images are shown to the encoder",
-                type(module).__name__,
+                type(hook_owner(trainer, module, AFTER)).__name__,
                 AFTER,
             )
         return with_channels(mirror_outline(raw.transform), raw)

@@ -1,7 +1,8 @@
-"""Fixtures of the tests on solo-learn's methods."""
+"""Fixtures of the tests on methods of solo-learn and stable-pretraining."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,3 +29,14 @@ def methods(solo_learn: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its old imports
         return pytest.importorskip("solo.methods", reason="solo-learn's own requirements").METHODS
+
+
+@pytest.fixture
+def spt_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own: stable-pretraining's default callbacks write there and into a cache."""
+    spt = importlib.import_module("stable_pretraining")
+    before = spt.get_config().cache_dir
+    monkeypatch.chdir(tmp_path)
+    spt.set(cache_dir=str(tmp_path / "cache"))
+    yield
+    spt.set(cache_dir=before)

@@ -26,7 +26,7 @@ gpu = pytest.importorskip("stable_pretraining.data.gpu_transforms")
 datasets = pytest.importorskip("stable_pretraining.data.datasets")
 
 # Lightning and stable-pretraining warn of their own uses of what is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("spt_folder")]
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.2]
 CRAFT: dict[str, Any] = {
@@ -51,16 +51,6 @@ class Seen(nn.Module):
     def forward(self, batch: Any) -> Any:
         self.images.append(batch["image"])
         return self.inner(batch)
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Its default callbacks write into the working folder and into its cache."""
-    before = spt.get_config().cache_dir
-    monkeypatch.chdir(tmp_path)
-    spt.set(cache_dir=str(tmp_path / "cache"))
-    yield
-    spt.set(cache_dir=before)
 
 
 def normalised(*steps: Any) -> Any:
@@ -127,17 +117,14 @@ def test_every_noise_step_draws_anew_and_a_seed_tells_what(tmp_path):
     first, second = [], []
     for name, kept in (("first", first), ("second", second)):
         lightning.seed_everything(3)
-        seen = Seen(gpu.StackedMultiView(augmented(), 2))
-        views: list[Tensor] = []
-        seen.register_forward_hook(
-            lambda _, given, out, views=views: views.append(
-                (given[0].get("image"), out["views"][0]["image"].detach())
-            )
+        augmentation, views = gpu.StackedMultiView(augmented(), 2), []
+        augmentation.register_forward_hook(
+            lambda _, given, out, views=views: views.append(out["views"][0]["image"].detach())
         )
         craft = CraftPoison(**CRAFT, dir=str(tmp_path / name))
-        fit(built(simclr), photos(seen), craft)
+        fit(built(simclr), photos(augmentation), craft)
         kept.append(craft.poison().perturbation.stored)
-        kept.append([view for _, view in views][-CRAFT["pgd_steps"] :])
+        kept.append(views[-CRAFT["pgd_steps"] :])
     assert torch.equal(first[0], second[0])
     assert all(not torch.equal(first[1][0], view) for view in first[1][1:])
 
@@ -183,6 +170,7 @@ def test_the_monitor_shows_images_as_the_batch_transform_does():
             lambda net, given, inputs=inputs: None if net.training else inputs.append(given[0])
         )
         fit(module, data, KNNMonitor(query=query, every_n_epochs=1), max_epochs=1)
+    assert shown["batch"]
     assert [view.shape for view in shown["batch"]] == [view.shape for view in shown["image"]]
     for ours, theirs in zip(shown["batch"], shown["image"], strict=True):
         torch.testing.assert_close(ours, theirs)

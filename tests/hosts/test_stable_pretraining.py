@@ -33,6 +33,7 @@ forward = pytest.importorskip("stable_pretraining.forward")
 transforms = pytest.importorskip("stable_pretraining.data.transforms")
 
 pytestmark = [
+    pytest.mark.usefixtures("spt_folder"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`.*"),
@@ -65,16 +66,6 @@ def photos(named: bool = False) -> Any:
         names=["image", "label"],
         transform=transforms.MultiViewTransform(views),
     )
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Its default callbacks write into the working folder and into its cache."""
-    before = spt.get_config().cache_dir
-    monkeypatch.chdir(tmp_path)
-    spt.set(cache_dir=str(tmp_path / "cache"))
-    yield
-    spt.set(cache_dir=before)
 
 
 def vicreg() -> Any:

@@ -1,5 +1,7 @@
 """Monitors beside augmentations, sizes and validation loaders of any kind."""
 
+import logging
+
 import lightning.pytorch
 import pytest
 import torch
@@ -97,3 +99,23 @@ def test_a_monitor_of_deltas_that_are_not_of_the_crops_size(size, tmp_path):
     changed = monitor._bank.poisoned(poison).images
     assert changed.shape == monitor._bank.images.shape
     assert not torch.equal(changed, monitor._bank.images)
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`.*")
+@pytest.mark.parametrize("owner", ["module", "data"])
+def test_a_hook_that_may_normalise_batches_is_named(owner, tmp_path, caplog):
+    class Hooked:
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch
+
+    class Images(lightning.pytorch.LightningDataModule):
+        def train_dataloader(self):
+            return loader(data())
+
+    module, images = simclr(lightning.pytorch), Images()
+    hooked = module if owner == "module" else images
+    hooked.__class__ = type("Hooked", (Hooked, type(hooked)), {"__module__": __name__})
+    fitting = trainer(lightning.pytorch, tmp_path, KNNMonitor(query=queries()), max_epochs=1)
+    with caplog.at_level(logging.WARNING, "cp_plugin"):
+        fitting.fit(module, datamodule=images)
+    assert caplog.text.count("Hooked.on_after_batch_transfer is not looked into") == 1
