@@ -7,6 +7,8 @@ from torch import Tensor
 
 RECENT = 1 << 14
 """New keys that are collected before they are sorted in among the others."""
+HITS = 1 << 10
+"""New keys that are found again, one by one, before they are sorted in for that reason."""
 
 
 class KeyIndex:
@@ -24,10 +26,12 @@ class KeyIndex:
         self._keys, order = torch.sort(keys, stable=True)
         self._rows = rows[order]
         self._recent: dict[int, int] = {}
+        self._hits = 0
+        """How often one of them was found."""
 
     def find(self, keys_B: Tensor) -> Tensor:
         """Return the rows of keys, int64 (B), -1 where a key has none."""
-        if len(self._recent) >= RECENT:
+        if len(self._recent) >= RECENT or self._hits >= max(HITS, len(self._recent)):
             self._sort_in()
         if not len(self._keys):
             rows = torch.full_like(keys_B, -1)
@@ -35,8 +39,10 @@ class KeyIndex:
             places = torch.searchsorted(self._keys, keys_B).clamp_(max=len(self._keys) - 1)
             rows = torch.where(self._keys[places] == keys_B, self._rows[places], -1)
         if self._recent:
-            for place in (rows < 0).nonzero().flatten().tolist():
-                rows[place] = self._recent.get(int(keys_B[place]), -1)
+            missing = rows < 0
+            found = [self._recent.get(key, -1) for key in keys_B[missing].tolist()]
+            rows[missing] = torch.tensor(found, dtype=torch.int64)
+            self._hits += len(found) - found.count(-1)
         return rows
 
     def claim(self, key: int, row: int) -> int:
@@ -51,4 +57,4 @@ class KeyIndex:
         rows = torch.tensor([*self._recent.values()], dtype=torch.int64)
         self._keys, order = torch.sort(torch.cat([self._keys, keys]))
         self._rows = torch.cat([self._rows, rows])[order]
-        self._recent = {}
+        self._recent, self._hits = {}, 0

@@ -160,11 +160,17 @@ def _without_gpu(cfg: DictConfig) -> DictConfig:
         changes["precision"] = fast_on_processor()
     if not changes:
         return cfg
-    log.warning("no GPU here: %s", " ".join(f"{key}={value}" for key, value in changes.items()))
+    _say_no_gpu(" ".join(f"{key}={value}" for key, value in changes.items()))
     changed = cfg.copy()
     OmegaConf.set_struct(changed, False)
     changed.update(changes)
     return changed
+
+
+@functools.cache
+def _say_no_gpu(changes: str) -> None:
+    """Say what is changed, once a process: a study checks each of its cells."""
+    log.warning("no GPU here: %s", changes)
 
 
 def _folder(
