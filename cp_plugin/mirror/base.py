@@ -63,6 +63,11 @@ class Shape(_Sizes):
         aspects = None if self.aspects is None else self.aspects[index]
         return Shape(len(index), *self[1:]).squeezed_from(aspects)
 
+    def repeated(self, times: int) -> Shape:
+        """Return the shape of the batch so many times over, one after the other."""
+        aspects = None if self.aspects is None else self.aspects.repeat(times)
+        return Shape(self.batch * times, *self[1:]).squeezed_from(aspects)
+
     def resized(self, height: int, width: int) -> Shape:
         """Return the same batch with other pixels."""
         return Shape(self.batch, self.channels, height, width)

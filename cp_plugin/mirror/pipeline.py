@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import itertools
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ class Mirror(nn.Module):
         """Whether the host's images have one channel, and so have their views; here three equal
         ones stand for it until the end."""
         self._seen_devices: set[torch.device] = set()
+        alike = [list(same) for _, same in itertools.groupby(pipelines, key=id)]
+        self._runs = [(same[0], len(same)) for same in alike]
+        """Each pipeline with how many views in a row it makes: of all of them at once, since on a
+        GPU starting an operation takes longer than a batch of small images does."""
 
     @property
     def views(self) -> int:
@@ -122,6 +127,10 @@ class Mirror(nn.Module):
     ) -> list[Params]:
         """Draw the parameters of every view and image, and move them to the images' device.
 
+        Returns:
+            What each pipeline drew. Where views follow each other that share one, it drew for the
+            images of the first of them, then for the same images of the next.
+
         Raises:
             UserError: images of a shape that some operation is not defined on, or a generator
                 that is not on the CPU.
@@ -133,7 +142,10 @@ class Mirror(nn.Module):
                 "torch.Generator() without a device."
             )
         shape = shape.squeezed_from(aspects)
-        drawn = [{**view.sample(shape, generator), "batch": shape.batch} for view in self.pipelines]
+        drawn = [
+            {**pipeline.sample(shape.repeated(views), generator), "batch": shape.batch}
+            for pipeline, views in self._runs
+        ]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         moved_params: list[Params] = moved(drawn, images.device, dtype)
         return moved_params
@@ -162,10 +174,10 @@ class Mirror(nn.Module):
     def _views(self, images: Tensor, params: list[Params], check: bool) -> list[Tensor]:
         self._shape(images)
         self._check_values(images, check)
-        if len(params) != self.views:
+        if len(params) != len(self._runs):
             raise UserError(
-                f"apply expected parameters of {self.views} views, got {len(params)}: pass what "
-                "sample returned."
+                f"apply expected the parameters of {len(self._runs)} pipelines, got {len(params)}: "
+                "pass what sample returned."
             )
         if params and params[0]["batch"] != len(images):
             raise UserError(
@@ -177,22 +189,34 @@ class Mirror(nn.Module):
         channels_last = last and not images.is_contiguous()
         with torch.autocast(images.device.type, enabled=False):
             planar = self._shown(precise.contiguous())
-            views = [
-                view.apply(planar, drawn)
-                for view, drawn in zip(self.pipelines, params, strict=True)
+            made = [
+                view
+                for (pipeline, views), drawn in zip(self._runs, params, strict=True)
+                for view in pipeline.apply(_repeated(planar, views), drawn).chunk(views)
             ]
         if images.shape[1] == COLOURS:
-            counts = zip(views, self.channels, strict=True)
-            views = [view.narrow(-3, 0, 1) if count == 1 else view for view, count in counts]
+            counts = zip(made, self.channels, strict=True)
+            made = [view.narrow(-3, 0, 1) if count == 1 else view for view, count in counts]
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        grids = [
-            crop_grid(drawn["steps"][0], side).to(images.dtype)
-            for drawn, side in zip(params, self.grids, strict=False)
-        ]
+        copy = len(made) > len(params)  # a host may change its views in place, each by itself
         return [
-            view.to(images.dtype, memory_format=layout) if view.ndim == 4 else view.to(images.dtype)
-            for view in views
-        ] + grids
+            view.to(images.dtype, copy=copy, memory_format=layout)
+            if view.ndim == 4
+            else view.to(images.dtype, copy=copy)
+            for view in made
+        ] + self._grids(params, images.dtype)
+
+    def _grids(self, params: list[Params], dtype: torch.dtype) -> list[Tensor]:
+        """Return the grid of each view, where the host returns them."""
+        runs = zip(self._runs, params, strict=True)
+        boxes = [
+            {key: value.chunk(views)[view] for key, value in drawn["steps"][0].items()}
+            for (_, views), drawn in runs if self.grids
+            for view in range(views)
+        ]  # fmt: skip
+        return [
+            crop_grid(box, side).to(dtype) for box, side in zip(boxes, self.grids, strict=False)
+        ]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise (B, C, H, W) in [0, 1] with the pipeline's last `Normalize`, if it has one.
@@ -329,6 +353,10 @@ def _translated(pipeline: object, outline: bool = False, of_batches: object = No
         if id(host) not in translated:
             translated[id(host)] = Translator(outline).view(host)
     return Mirror([translated[id(host)] for host in hosts], grid_sides(pipeline))
+
+
+def _repeated(images: Tensor, times: int) -> Tensor:
+    return images if times == 1 else images.repeat(times, 1, 1, 1)
 
 
 def _channels(view: Operation, grey_images: bool) -> int:

@@ -57,19 +57,20 @@ wanted tests && stage tests "${TESTS_SECONDS:-90}" "$python" -m pytest -q -p no:
 
 # 2. Benchmarks, the authors' code beside them.
 official=() && [ -d "$carried/official" ] && official=(--official "$carried/official")
-if ! wanted benchmarks; then
-    echo "== benchmarks: left out"
-elif [ -n "$tiny" ]; then
-    stage step 300 "$python" -m tests.bench.step --precision 32 --batch 2 --rows 24 --repeats 1
-    stage mirror 300 "$python" -m tests.bench.mirror --repeats 1
-    stage whole 300 "$python" -m tests.bench.whole --tiny --pairs 1 \
+bench() { # bench NAME MOST_SECONDS COMMAND…
+    if wanted benchmarks || wanted "$1"; then stage "$@"; else echo "== $1: left out"; fi
+}
+if [ -n "$tiny" ]; then
+    bench step 300 "$python" -m tests.bench.step --precision 32 --batch 2 --rows 24 --repeats 1
+    bench mirror 300 "$python" -m tests.bench.mirror --repeats 1
+    bench whole 300 "$python" -m tests.bench.whole --tiny --pairs 1 \
         --rows "32 px, small network, batch 64"
 else
-    stage step 60 "$python" -m tests.bench.step --precision bf16 --batch 512 --repeats 5 \
+    bench step 60 "$python" -m tests.bench.step --precision bf16 --batch 512 --repeats 5 \
         "${official[@]}"
-    stage whole 60 "$python" -m tests.bench.whole --precision bf16-mixed \
+    bench whole 60 "$python" -m tests.bench.whole --precision bf16-mixed \
         --rows "32 px, ResNet-18, batch 512"
-    stage mirror 40 "$python" -m tests.bench.mirror --repeats 7
+    bench mirror 40 "$python" -m tests.bench.mirror --repeats 7
 fi
 
 # 3. Cells in the order of their value; each writes its JSON when it is finished.

@@ -67,7 +67,7 @@ def test_parameters_of_another_batch() -> None:
     params = twin.sample(images())
     with pytest.raises(UserError, match="8 images"):
         twin.apply(images(4), params)
-    with pytest.raises(UserError, match="1 views, got 2"):
+    with pytest.raises(UserError, match="1 pipelines, got 2"):
         twin.apply(images(), params * 2)
 
 

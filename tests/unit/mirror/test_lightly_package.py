@@ -261,8 +261,11 @@ def test_crops_with_their_grids() -> None:
     out = twin.apply(given, params)
     assert twin.views == 8
     assert len(out) == 16
+    assert len(params) == 2  # views in a row that share a transform are drawn for at once
     for number, (crop, _) in enumerate(host.transforms):
-        p = params[number]["steps"][0]
+        drawn = params[min(number, 2) // 2]["steps"][0]
+        views, place_in_row = (2, number) if number < 2 else (6, number - 2)
+        p = {key: value.chunk(views)[place_in_row] for key, value in drawn.items()}
         for i, picture in enumerate(pictures):
             top, left, height, width = (
                 int(p[key][i]) for key in ("top", "left", "height", "width")
