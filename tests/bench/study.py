@@ -1,15 +1,17 @@
-"""Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT]`.
+"""Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT [NAME]]`.
 
-DIR is from `cp-plugin study`, which may still be at work in it; COMMIT is what it ran at, if not
-the one here. The figures of finished cells go to
-`results/<name of the study>_<hardware>_<date>.json`, small crafted poisons to files beside it.
+DIR is from `cp-plugin study`, which may still be at work in it, here or on another machine; COMMIT
+is what it ran at, if not the one here; NAME is what the results are called, if not as the study.
+The figures of finished cells, and the curves so far of those under way, go to
+`results/<name>_<hardware>_<date>.json`, small crafted poisons to files beside it.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from cp_plugin.apps.study.state import PLAN_FILE
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.attack.rounding import encode
-from cp_plugin.util.run_files import POISON_FILE
+from cp_plugin.util.run_files import KNN_FILE, POISON_FILE
 from tests.bench.provenance import provenance, write
 
 PACKAGES = ("torch", "torchvision", "lightly", "timm", "lightning", "faiss-cpu", "scikit-image")
@@ -38,8 +40,8 @@ LARGEST_POISON = 100_000
 Cell = dict[str, Any]
 
 
-def main(folder: Path, ran_at: str | None = None) -> None:
-    """Write settings, figures and curves of all finished cells into one result file."""
+def main(folder: Path, ran_at: str | None = None, called: str | None = None) -> None:
+    """Write settings, figures and curves of a study's cells into one result file."""
     planned = json.loads((folder / PLAN_FILE).read_text())
     files = sorted((folder / "cells").glob("*.json"))
     states = {file.stem: json.loads(file.read_text()) for file in files}
@@ -47,15 +49,20 @@ def main(folder: Path, ran_at: str | None = None) -> None:
     finished = (name for name in names if states.get(name, {}).get("status") == "finished")
     cells = {name: states[name] for name in finished}
     left = {name: states.get(name, {}).get("status", "not begun") for name in names}
-    name = planned["settings"]["name"]
-    versions = provenance(PACKAGES)
-    on_gpu = "threads" not in versions["hardware"]
+    name = called or planned["settings"]["name"]
+    ran = provenance(PACKAGES) | _elsewhere(cells.values())
+    on_gpu = "threads" not in ran["hardware"]
     kept = {
-        "provenance": versions
-        | {"command": f"cp-plugin study {name}", "commit": ran_at or versions["commit"]},
+        "provenance": ran
+        | {"command": f"cp-plugin study {name}", "commit": ran_at or ran["commit"]},
         "name": name,
         "settings": planned["settings"],
         "unfinished": {name: status for name, status in left.items() if name not in cells},
+        "under_way": [
+            {**{key: cell[key] for key in KEPT if key in cell}, "name": cell["name"], "knn": curve}
+            for cell in planned["cells"]
+            if cell["name"] not in cells and (curve := _curve_so_far(folder, cell["name"]))
+        ],
         "seconds": round(sum(cell.get("seconds_in_all", 0) for cell in cells.values())),
         "rows": [
             _row(folder, cells, cell, on_gpu) for cell in cells.values() if cell["kind"] != "craft"
@@ -65,8 +72,33 @@ def main(folder: Path, ran_at: str | None = None) -> None:
     path = write(name, kept)
     print(path)
     for cell in cells.values():
-        if cell["kind"] == "craft":
-            _keep_poison(Poison.load(folder / cell["folder"] / POISON_FILE), path, cell["name"])
+        file = folder / cell["folder"] / POISON_FILE
+        if cell["kind"] == "craft" and file.exists():  # a large one stays where it was made
+            _keep_poison(Poison.load(file), path, cell["name"])
+
+
+def _elsewhere(cells: Iterable[Cell]) -> Cell:
+    """Return what to say of the GPU's machine that all cells ran on, where there was one."""
+    results = [cell["result"] for cell in cells]
+    machines = {result["hardware"] for result in results}
+    gpu = machines.pop().rpartition(" cores, ")[2] if len(machines) == 1 else ""
+    if not gpu or gpu.endswith("cores"):
+        return {}
+    versions = dict(results[0]["versions"])
+    told = {"hardware": gpu, "python": versions.pop("python"), "versions": versions}
+    return told | {"threads": None, "load_before": None}
+
+
+def _curve_so_far(folder: Path, name: str) -> list[Cell]:
+    """Return what the monitor of a run that has not ended has written."""
+    entries: list[Cell] = []
+    for file in sorted(folder.glob(f"runs/*/{name}-*/{KNN_FILE}")):
+        with file.open(encoding="utf8") as lines:
+            entries += [
+                {key: json.loads(value) for key, value in entry.items() if value}
+                for entry in csv.DictReader(lines)
+            ]
+    return entries
 
 
 def _keep_poison(poison: Poison, result: Path, name: str) -> None:

@@ -225,25 +225,31 @@ def _long_runs_of(newest: Result) -> str:
         values = [f"{found[key]:.1f}" if key in found else "-" for key in keys]
         told = [*values, f"{result['train_loss']:.3f}", f"{result['seconds'] / 3600:.1f}"]
         lines.append(f"| {_run(cell)} | {' | '.join(told)} |")
-    steps = sorted({entry["step"] for cell in measured for entry in cell["result"]["knn"]})
-    lines += ["", f"| kNN, clean bank / loss at step | {' | '.join(map(str, steps))} |"]
+    curves_ = {_run(cell): cell["result"]["knn"] for cell in measured}
+    curves_ |= {_run(cell): cell["knn"] for cell in newest.get("under_way", ())}
+    steps = sorted({entry["step"] for curve in curves_.values() for entry in curve})
+    lines += ["", f"| kNN, clean bank / poisoned / loss at step | {' | '.join(map(str, steps))} |"]
     lines.append("|---|" + "---|" * len(steps))
-    for cell in measured:
-        curve = {entry["step"]: entry for entry in cell["result"]["knn"]}
-        points = [curve.get(step) for step in steps]
-        values = [
-            "-" if point is None else f"{point['knn_clean_bank']:.1f} / {point['loss']:.3f}"
-            for point in points
-        ]
-        lines.append(f"| {_run(cell)} | {' | '.join(values)} |")
+    for run, curve in curves_.items():
+        points = {entry["step"]: entry for entry in curve}
+        lines.append(f"| {run} | {' | '.join(_point(points.get(step)) for step in steps)} |")
     told_of = [_setting(newest), *_missing(newest), source(newest)]
     return "\n".join(
         [*lines, "", "The loss is the mean since the point before. " + told_of[0], *told_of[1:]]
     )
 
 
+def _point(entry: Result | None) -> str:
+    """Return what a monitor has seen at a step."""
+    if entry is None:
+        return "-"
+    poisoned = entry.get("knn_poisoned_bank")
+    banks = [entry["knn_clean_bank"], *([] if poisoned is None else [poisoned])]
+    return " / ".join([*(f"{bank:.1f}" for bank in banks), f"{entry['loss']:.3f}"])
+
+
 def _run(cell: Result) -> str:
-    made_on = cell["surrogate_backbone"] or cell["backbone"]
+    made_on = cell.get("surrogate_backbone") or cell["backbone"]
     source_ = f" ({cell['surrogate']}, {made_on})" if cell["surrogate"] else ""
     return f"{cell['victim']}, {cell['backbone']}, {cell['poison']}{source_}, seed {cell['seed']}"
 

@@ -12,13 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cp_plugin.apps.study import study
 from cp_plugin.apps.study.plan import by_level, check, plan
 from cp_plugin.apps.study.settings import parse, read
 from cp_plugin.apps.study.state import CRASHED, FAILED, FINISHED, RUNNING, Folder, write
 from cp_plugin.apps.study.watch import Watch
+from cp_plugin.attack.perturbation import Perturbation
+from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
+from cp_plugin.data import Photos
 from cp_plugin.engine import run
 from cp_plugin.engine.methods import METHODS
 from cp_plugin.util.paths import shipped
@@ -522,3 +526,52 @@ def test_poisons_made_on_different_backbones_are_different_cells():
     transferred = cells[names[-1]]
     assert transferred.surrogate_backbone == "full"
     assert transferred.needs["poison"] == "craft-cp_class-simclr-full-0-2"
+
+
+def saved_poison(path, seed=0):
+    """Write a class poison of the photographs' classes, noise of a seed."""
+    names, generator = Photos(train=True).classes, torch.Generator().manual_seed(seed)
+    rows = Perturbation.uniform(len(names), (3, 32, 32), 8 / 255, generator=generator)
+    return Poison(rows, "class", None, tuple(names), {"poison": "cp"}).save(path)
+
+
+def test_a_given_poison_goes_to_victims_from_beside_the_file(tmp_path):
+    file = tmp_path / "given.safetensors"
+    saved_poison(file)
+    small = "backbone.kwargs={layers:[1,1,1,1],channels:[8,8,8,8],stem_type:deep,stem_width:4}"
+    content = {
+        "base": ["data.num_workers=0", small, "max_epochs=1"],
+        "poisons": {"given": {"file": "given.safetensors"}},
+        "probe": "none",
+        "grid": [{"poisons": ["given"], "victims": ["simclr"], "seeds": [0]}],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    (named,) = (c for c in plan(read(str(tmp_path / "mine.yaml"))).values() if c.kind == "victim")
+    result = study(str(tmp_path / "mine.yaml"), tmp_path / "out")
+    assert result["unfinished"] == {}
+    assert str(tmp_path) not in json.dumps(result["settings"])
+    (victim,) = (cell for cell in result["cells"] if cell["kind"] == "victim")
+    assert {bank["bank"] for bank in victim["banks"]} == {"clean", "poisoned"}
+    assert victim["surrogate"] is None
+    file.unlink()
+    saved_poison(file, seed=1)
+    (later,) = (c for c in plan(read(str(tmp_path / "mine.yaml"))).values() if c.kind == "victim")
+    assert later.digest != named.digest
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        ({"file": "missing.safetensors"}, "not beside the study's file"),
+        ({"file": "../given.safetensors"}, "no path"),
+        ({"file": "/etc/given.safetensors"}, "no path"),
+        ({"file": "given.pth"}, "no path"),
+        ({"file": "given.safetensors", "settings": ["+poison=cp"]}, "leave its other keys out"),
+    ],
+)
+def test_a_given_poison_that_is_not_there_is_refused(node, text, tmp_path):
+    (tmp_path / "given.safetensors").touch()
+    with pytest.raises(UserError, match=text):
+        parse(values(poisons={"given": node}, grid=grid()["grid"]), tmp_path)
+    with pytest.raises(UserError):
+        parse(values(poisons={"given": {"file": "given.safetensors"}}, grid=grid()["grid"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 from filelock import Timeout
 
 from cp_plugin.apps.study.plan import Cell, check, plan
-from cp_plugin.apps.study.settings import StudySettings
+from cp_plugin.apps.study.settings import StudySettings, folder_of
 from cp_plugin.apps.study.settings import read as read_study
 from cp_plugin.apps.study.state import PLAN_FILE, Folder
 from cp_plugin.apps.study.state import write as write_json
 from cp_plugin.config.settings import UserError
 from cp_plugin.util.run_files import RESULT_FILE
-from cp_plugin.util.whole_files import clear_partial
+from cp_plugin.util.whole_files import clear_partial, written_whole
 
 __all__ = ["run_here", "study"]
 
@@ -40,7 +41,7 @@ def study(config: str, out: Path | None = None, launcher: Sequence[str] = ()) ->
     """
     settings = read_study(config)
     overrides = _for_hydra([*settings.launcher, *launcher])
-    return _run(settings, out, overrides, here=False)
+    return _run(settings, out, overrides, here=False, beside=folder_of(config))
 
 
 def run_here(settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
@@ -49,7 +50,11 @@ def run_here(settings: StudySettings, out: Path | None = None) -> dict[str, Any]
 
 
 def _run(
-    settings: StudySettings, out: Path | None, launcher: Sequence[str], here: bool
+    settings: StudySettings,
+    out: Path | None,
+    launcher: Sequence[str],
+    here: bool,
+    beside: Path | None = None,
 ) -> dict[str, Any]:
     cells = plan(settings)
     check(cells)
@@ -68,6 +73,11 @@ def _run(
         clear_partial(folder.path)
         started = time.time()
         _write_plan(folder, settings, cells)
+        for poison in settings.poisons.values():
+            if poison.file is not None and beside is not None:
+                folder.given.mkdir(exist_ok=True)
+                with written_whole(folder.given / f"{poison.digest}.safetensors") as copy:
+                    shutil.copyfile(beside / poison.file, copy)
         watch = (WatchHere if here else Watch)(folder, cells, tuple(launcher))
         watch.run()
         result = {

@@ -81,6 +81,8 @@ def _of_the_study(folder: Folder, cell: Cell) -> list[str]:
         key = "init" if cell.kind == "craft" else "path"
         file = _run_of(folder, cell, "poison") / POISON_FILE
         overrides.append(f"poison.{key}={quoted(file)}")
+    if cell.file is not None:
+        overrides.append(f"poison.path={quoted(folder.given / cell.file)}")
     return overrides
 
 

@@ -44,6 +44,8 @@ class Cell:
     """Which entry of the grid needs it first; entries are run one after the other."""
     probe: str = "cosine"
     """Which linear probe is fitted to what was trained, see `evaluate`."""
+    file: str | None = None
+    """The copy of a given poison in the study's folder, see `state.Folder.given`."""
     digest: str = ""
     """Changes with every setting of the cell and of the cells it needs."""
 
@@ -168,7 +170,7 @@ def _victim(
     kind: Kind = "clean" if poison == NONE else "victim"
     parts = [kind, victim, backbone, poison, surrogate or "", defence, str(seed)]
     parts = [part for part in parts if part and (part != NONE or kind != "clean")]
-    sampled = study.poisons[poison].settings
+    given = study.poisons[poison]
     return Cell(
         "-".join(parts),
         kind,
@@ -186,10 +188,11 @@ def _victim(
             *study.victim,
             *study.defences[defence],
             f"seed={seed}",
-            *(("+poison=inject",) if surrogate else sampled),
+            *(("+poison=inject",) if surrogate else given.settings),
         ),
         needs,
         probe=study.probe,
+        file=f"{given.digest}.safetensors" if given.file else None,
     )
 
 
@@ -199,7 +202,7 @@ def _transferred(cell: Cell, backbone: str) -> Cell:
 
 
 def _placeholders(cell: Cell) -> list[str]:
-    if "poison" not in cell.needs:
+    if "poison" not in cell.needs and cell.file is None:
         return []
     return ["poison.init=later" if cell.kind == "craft" else "poison.path=later"]
 
@@ -224,7 +227,8 @@ def _with_digests(cells: Mapping[str, Cell]) -> dict[str, Cell]:
     done: dict[str, Cell] = {}
     for name, cell in cells.items():
         below = [done[other].digest for other in cell.needs.values()]
-        text = json.dumps([cell.config, cell.overrides, below])
+        own = [cell.file] if cell.file else []
+        text = json.dumps([cell.config, cell.overrides, below, *own])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         done[name] = replace(cell, digest=digest)
     return done

@@ -16,10 +16,13 @@ from cp_plugin.apps.study.overrides import check_launcher, check_overrides
 from cp_plugin.config.settings import UserError
 from cp_plugin.config.yaml_files import load_yaml
 from cp_plugin.util.paths import shipped
+from cp_plugin.util.whole_files import sha256
 
 NONE = "none"
 """The poison of a clean run, and the defence of an undefended one."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+"""A poison file beside the study's: a name, never a path."""
 Overrides = tuple[str, ...]
 FORMER_KEYS = {"chain": "num_surrogates", "drawn": "sampled"}
 """Keys that files of version 0.1 have, and what they are called now."""
@@ -41,6 +44,10 @@ class PoisonSettings:
     """Of the one craft that victims of all seeds share; None: each seed has a craft of its own."""
     sampled: bool = False
     """True: nothing is trained for it, each victim samples it by `settings`."""
+    file: str | None = None
+    """A poison file beside the study's own, which victims are given; None: it is made."""
+    digest: str = ""
+    """Of the file's bytes."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,21 @@ def read(config: str) -> StudySettings:
     values = OmegaConf.to_container(load_yaml(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold the keys of a study, such as poisons and grid.")
-    return parse({"name": path.stem, **{str(key): value for key, value in values.items()}})
+    named = {"name": path.stem, **{str(key): value for key, value in values.items()}}
+    return parse(named, path.parent)
 
 
-def parse(values: Mapping[str, Any]) -> StudySettings:
+def folder_of(config: str) -> Path:
+    """Return the folder of a study's file, see `read`."""
+    return _find(config).parent
+
+
+def parse(values: Mapping[str, Any], folder: Path | None = None) -> StudySettings:
     """Check plain values, as YAML gives them.
+
+    Args:
+        values: the keys of a study.
+        folder: where poison files that it names lie; None: it may name none.
 
     Raises:
         UserError: unknown keys or names, missing keys, values of the wrong type, overrides that
@@ -104,7 +121,7 @@ def parse(values: Mapping[str, Any]) -> StudySettings:
     for name, node in _named(values, "poisons").items():
         if name == NONE:
             raise UserError("poisons.none is always there; leave it out of poisons.")
-        poisons[name] = _poison(f"poisons.{name}", node)
+        poisons[name] = _poison(f"poisons.{name}", node, folder)
     defences = {
         name: _overrides(f"defences.{name}", node)
         for name, node in _named(values, "defences").items()
@@ -169,9 +186,11 @@ def _keys(node: Mapping[str, Any], kind: type[Any], where: str) -> None:
             raise UserError(f"the study has no {f'{where}.' if where else ''}{name}; add it.")
 
 
-def _poison(where: str, node: Any) -> PoisonSettings:
+def _poison(where: str, node: Any, folder: Path | None) -> PoisonSettings:
     if not isinstance(node, dict):
         raise UserError(f"{where} must have keys such as settings; got {node!r}.")
+    if node.get("file") is not None:
+        return _given(where, node, folder)
     node = {FORMER_KEYS.get(key, key): value for key, value in node.items()}
     _keys(node, PoisonSettings, where)
     count = node.get("num_surrogates", 1)
@@ -196,6 +215,27 @@ def _poison(where: str, node: Any) -> PoisonSettings:
     return PoisonSettings(settings, count, texts["init"], texts["surrogate"], seed, sampled)
 
 
+def _given(where: str, node: Mapping[str, Any], folder: Path | None) -> PoisonSettings:
+    """Return a poison that is there already.
+
+    Raises:
+        UserError: it is said how it is made, or the file is not beside the study's.
+    """
+    name = node["file"]
+    if set(node) != {"file"}:
+        raise UserError(f"{where} has a file, which is as it is: leave its other keys out.")
+    if not isinstance(name, str) or not FILE.fullmatch(name):
+        raise UserError(
+            f"{where}.file must be the name of a .safetensors file beside the study's own, no "
+            f"path, got {name!r}."
+        )
+    path = None if folder is None else folder / name
+    if path is None or not path.is_file():
+        raise UserError(f"{where}.file names {name}, which is not beside the study's file.")
+    digest = sha256(path)[:16]
+    return PoisonSettings(("+poison=inject",), sampled=True, file=name, digest=digest)
+
+
 def _grid(where: str, node: Any, backbones: tuple[str, ...]) -> Grid:
     if not isinstance(node, dict):
         raise UserError(f"{where} must have keys such as poisons, victims, seeds; got {node!r}.")
@@ -218,7 +258,7 @@ def _check_names(study: StudySettings) -> None:
         if poison.init is None:
             continue
         known(f"poisons.{name}.init", poison.init, set(study.poisons) - {NONE, name})
-        if study.poisons[poison.init].sampled:
+        if study.poisons[poison.init].sampled:  # or given as a file
             raise UserError(f"poisons.{name}.init names {poison.init}, which is not crafted.")
         if study.poisons[poison.init].init is not None:
             raise UserError(

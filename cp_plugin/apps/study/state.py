@@ -34,6 +34,11 @@ class Folder:
         return self.path / "runs"
 
     @property
+    def given(self) -> Path:
+        """Copies of the poison files that the study's file names, each called by its digest."""
+        return self.path / "poisons"
+
+    @property
     def log(self) -> Path:
         """What the launcher and the cells print."""
         return self.path / "study.log"
