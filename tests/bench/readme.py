@@ -16,7 +16,15 @@ from typing import Any
 from cp_plugin.apps.report.tables import spread
 from cp_plugin.hosts.solo_learn import NEIGHBOURS_ONLY, NOT_SERVED
 from tests.bench.provenance import RESULTS, source
-from tests.bench.study_tables import augment, curves, long_runs, reproduction, study, supervised
+from tests.bench.study_tables import (
+    augment,
+    curves,
+    defended,
+    long_runs,
+    reproduction,
+    study,
+    supervised,
+)
 from tests.support import lightly_examples
 from tests.support.solo_served import MOMENTUM, SERVED
 
@@ -399,9 +407,10 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "cifar10": reproduction,
     "cifar10_long": long_runs,
     "cifar10_resnet18": long_runs,
+    "cifar10_small": long_runs,
     "cifar10_supervised": supervised,
     "completion": completion,
-    "defences": study,
+    "defences": defended,
     "demo": demo,
     "knn": knn,
     "loader": loader,

@@ -167,6 +167,25 @@ def _identity(cell: Result) -> tuple[Any, ...]:
     return tuple(cell[key] for key in ("victim", "poison", "surrogate", "defence", "seed"))
 
 
+def defended(results: list[Result]) -> str:
+    """What the own classifier of supervised victims gets right: each poison under each defence."""
+    newest = results[-1]
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in newest["rows"]:
+        found.setdefault((row["poison"], row["defence"]), []).append(row["own_classifier"])
+    defences = list(dict.fromkeys(defence for _, defence in found))
+    names = ["no defence" if defence == NONE else defence for defence in defences]
+    lines = [f"| poison | {' | '.join(names)} |", "|---" * (len(defences) + 1) + "|"]
+    for poison in dict.fromkeys(poison for poison, _ in found):
+        cells = [
+            str(spread(found[poison, defence])) if (poison, defence) in found else "-"
+            for defence in defences
+        ]
+        lines.append(f"| {poison} | " + " | ".join(cells) + " |")
+    told = [_setting(newest), *_missing(newest), source(newest)]
+    return "\n".join([*lines, "", "Accuracy on clean test images. " + told[0], *told[1:]])
+
+
 def curves(results: list[Result]) -> str:
     """How long each poison of the newest study lasts: means over seeds, step by step."""
     newest = results[-1]
