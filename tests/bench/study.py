@@ -1,7 +1,7 @@
-"""Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT [NAME]]`.
+"""Keep the figures of a study: `python -m tests.bench.study DIR [COMMIT [FILE]]`.
 
 DIR is from `cp-plugin study`, which may still be at work in it, here or on another machine; COMMIT
-is what it ran at, if not the one here; NAME is what the results are called, if not as the study.
+is what it ran at, if not the one here; FILE is its YAML, if it is none of those that are shipped.
 The figures of finished cells, and the curves so far of those under way, go to
 `results/<name>_<hardware>_<date>.json`, small crafted poisons to files beside it.
 """
@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cp_plugin.apps.report.costs import image_passes
+from cp_plugin.apps.study.settings import read
 from cp_plugin.apps.study.state import PLAN_FILE
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
@@ -40,7 +41,7 @@ LARGEST_POISON = 100_000
 Cell = dict[str, Any]
 
 
-def main(folder: Path, ran_at: str | None = None, called: str | None = None) -> None:
+def main(folder: Path, ran_at: str | None = None, file: str | None = None) -> None:
     """Write settings, figures and curves of a study's cells into one result file."""
     planned = json.loads((folder / PLAN_FILE).read_text())
     files = sorted((folder / "cells").glob("*.json"))
@@ -49,12 +50,12 @@ def main(folder: Path, ran_at: str | None = None, called: str | None = None) -> 
     finished = (name for name in names if states.get(name, {}).get("status") == "finished")
     cells = {name: states[name] for name in finished}
     left = {name: states.get(name, {}).get("status", "not begun") for name in names}
-    name = called or planned["settings"]["name"]
+    name = read(file).name if file else planned["settings"]["name"]
     ran = provenance(PACKAGES) | _elsewhere(cells.values())
     on_gpu = "threads" not in ran["hardware"]
     kept = {
         "provenance": ran
-        | {"command": f"cp-plugin study {name}", "commit": ran_at or ran["commit"]},
+        | {"command": f"cp-plugin study {file or name}", "commit": ran_at or ran["commit"]},
         "name": name,
         "settings": planned["settings"],
         "unfinished": {name: status for name, status in left.items() if name not in cells},
@@ -72,9 +73,9 @@ def main(folder: Path, ran_at: str | None = None, called: str | None = None) -> 
     path = write(name, kept)
     print(path)
     for cell in cells.values():
-        file = folder / cell["folder"] / POISON_FILE
-        if cell["kind"] == "craft" and file.exists():  # a large one stays where it was made
-            _keep_poison(Poison.load(file), path, cell["name"])
+        made = folder / cell["folder"] / POISON_FILE
+        if cell["kind"] == "craft" and made.exists():  # a large one stays where it was made
+            _keep_poison(Poison.load(made), path, cell["name"])
 
 
 def _elsewhere(cells: Iterable[Cell]) -> Cell:
