@@ -22,7 +22,7 @@ from cp_plugin.apps.study.watch import Watch
 from cp_plugin.attack.perturbation import Perturbation
 from cp_plugin.attack.poison_file import Poison
 from cp_plugin.config.settings import UserError
-from cp_plugin.data import Photos
+from cp_plugin.data import Photos, RawDataset
 from cp_plugin.engine import run
 from cp_plugin.engine.methods import METHODS
 from cp_plugin.util.paths import shipped
@@ -557,6 +557,35 @@ def test_a_given_poison_goes_to_victims_from_beside_the_file(tmp_path):
     saved_poison(file, seed=1)
     (later,) = (c for c in plan(read(str(tmp_path / "mine.yaml"))).values() if c.kind == "victim")
     assert later.digest != named.digest
+
+
+def test_a_craft_starts_from_a_given_poison(tmp_path):
+    given = saved_poison(tmp_path / "given.safetensors")
+    few = ["poison.rounds=1", "poison.pgd_steps=1", "poison.step_size=0.001", "max_epochs=20"]
+    small = "backbone.kwargs={layers:[1,1,1,1],channels:[8,8,8,8],stem_type:deep,stem_width:4}"
+    cp = {"settings": ["+poison=cp", *few], "init": "given"}
+    content = {
+        "base": ["data.num_workers=0", small, "max_epochs=1"],
+        "poisons": {"given": {"file": "given.safetensors"}, "cp": cp},
+        "probe": "none",
+        "grid": [{"poisons": ["cp"], "victims": ["simclr"], "seeds": [0]}],
+    }
+    twice = content | {"poisons": content["poisons"] | {"cp": cp | {"num_surrogates": 2}}}
+    cells = plan(parse(twice | {"name": "twice"}, tmp_path)).values()
+    first, second = (cell for cell in cells if cell.kind == "craft")
+    assert (second.file, dict(second.needs)) == (None, {"poison": first.name})
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    result = study(str(tmp_path / "mine.yaml"), tmp_path / "out")
+    assert result["unfinished"] == {}
+    (craft,) = (cell for cell in result["cells"] if cell["kind"] == "craft")
+    made = Poison.load(tmp_path / "out" / craft["folder"] / "poison.safetensors")
+    start, photos = Poison.load(given), Photos(train=True)
+    raw = RawDataset(photos, made.size)
+    for number in range(0, len(photos), 300):
+        row = made.perturbation.gather(made.rows([raw[number].key]))
+        name = photos.classes[photos[number][1]]
+        of_class = start.perturbation.gather(start.rows(classes=[name]))
+        torch.testing.assert_close(row, of_class, rtol=0, atol=0.01 * made.eps)
 
 
 @pytest.mark.parametrize(

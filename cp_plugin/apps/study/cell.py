@@ -77,12 +77,14 @@ def _of_the_study(folder: Folder, cell: Cell) -> list[str]:
         f"checkpoint.dir={quoted(folder.runs)}",
         "auto_resume.enabled=True",
     ]
+    file = None
     if "poison" in cell.needs:
-        key = "init" if cell.kind == "craft" else "path"
         file = _run_of(folder, cell, "poison") / POISON_FILE
+    elif cell.file is not None:
+        file = folder.given / cell.file
+    if file is not None:
+        key = "init" if cell.kind == "craft" else "path"
         overrides.append(f"poison.{key}={quoted(file)}")
-    if cell.file is not None:
-        overrides.append(f"poison.path={quoted(folder.given / cell.file)}")
     return overrides
 
 

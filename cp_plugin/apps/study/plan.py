@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, Literal
 
 from cp_plugin.apps.hydra_app import compose
-from cp_plugin.apps.study.settings import NONE, Grid, Overrides, StudySettings
+from cp_plugin.apps.study.settings import NONE, Grid, Overrides, PoisonSettings, StudySettings
 from cp_plugin.config.settings import UserError
 from cp_plugin.util.seed import derived_seed
 
@@ -126,9 +126,10 @@ def _crafts(
     if surrogate is None:
         return
     seed = seed if settings.seed is None else settings.seed
-    previous = None
+    previous, given = None, None
     if settings.init:
-        for cell in _crafts(study, backbone, settings.init, surrogate, seed):
+        given = _file_of(study.poisons[settings.init])
+        for cell in () if given else _crafts(study, backbone, settings.init, surrogate, seed):
             yield cell
             previous = cell.name
     for number in range(1, settings.num_surrogates + 1):
@@ -153,8 +154,14 @@ def _crafts(
                 *settings.settings,
             ),
             {"poison": previous} if previous else {},
+            file=given if number == 1 else None,
         )
         previous = name
+
+
+def _file_of(poison: PoisonSettings) -> str | None:
+    """Return what the study's folder calls a poison that its file names."""
+    return f"{poison.digest}.safetensors" if poison.file else None
 
 
 def _victim(
@@ -170,7 +177,7 @@ def _victim(
     kind: Kind = "clean" if poison == NONE else "victim"
     parts = [kind, victim, backbone, poison, surrogate or "", defence, str(seed)]
     parts = [part for part in parts if part and (part != NONE or kind != "clean")]
-    given = study.poisons[poison]
+    settings = study.poisons[poison]
     return Cell(
         "-".join(parts),
         kind,
@@ -188,11 +195,11 @@ def _victim(
             *study.victim,
             *study.defences[defence],
             f"seed={seed}",
-            *(("+poison=inject",) if surrogate else given.settings),
+            *(("+poison=inject",) if surrogate else settings.settings),
         ),
         needs,
         probe=study.probe,
-        file=f"{given.digest}.safetensors" if given.file else None,
+        file=_file_of(settings),
     )
 
 

@@ -37,7 +37,7 @@ class PoisonSettings:
     num_surrogates: int = 1
     """New surrogates that hand it on; each starts from the poison of the one before."""
     init: str | None = None
-    """Another poison of the study to start from."""
+    """Another poison of the study to start from: a crafted one, or a file."""
     surrogate: str | None = None
     """A fixed surrogate, for poisons of one method; None: every surrogate of the grid."""
     seed: int | None = None
@@ -258,7 +258,7 @@ def _check_names(study: StudySettings) -> None:
         if poison.init is None:
             continue
         known(f"poisons.{name}.init", poison.init, set(study.poisons) - {NONE, name})
-        if study.poisons[poison.init].sampled:  # or given as a file
+        if study.poisons[poison.init].sampled and study.poisons[poison.init].file is None:
             raise UserError(f"poisons.{name}.init names {poison.init}, which is not crafted.")
         if study.poisons[poison.init].init is not None:
             raise UserError(
