@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cp_plugin.mirror.processor import in_threads
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+LEVELS = np.float32(255)
 
 _lines: Any = njit(fastmath=True)
 _images: Any = njit(cache=True, nogil=True)
@@ -66,6 +67,26 @@ def backward(
 
     in_threads(run, len(grad))
     return result
+
+
+def rounded_passes(images: Tensor, rows: Tensor, columns: Tensor, passes: int) -> Tensor:
+    """Multiply images with columns^T again and again, then with rows, rounding to 8 bit each time.
+
+    Args:
+        images: (B, C, H, W), float32 in [0, 1], on the processor.
+        rows: (B, H, H).
+        columns: (B, W, W).
+        passes: along each axis.
+    """
+    out = images.new_empty(images.shape)
+    source, target = images.detach().contiguous().numpy(), out.numpy()
+    x, y = columns.contiguous().numpy(), rows.contiguous().numpy()
+
+    def run(part: slice) -> None:
+        _rounded_passes(source[part], target[part], y[part], x[part], passes)
+
+    in_threads(run, len(images))
+    return out
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -119,6 +140,22 @@ def _backward(grads, results, rows, columns, images, outs, clamped):  # type: ig
 
 
 @_images
+def _rounded_passes(images, outs, rows, columns, passes):  # type: ignore[no-untyped-def]
+    for b in range(len(images)):
+        low, high = _bands(columns[b])
+        lines = _turned(images[b], 0, images.shape[2])
+        for _ in range(passes):
+            lines = _rounded_product(columns[b], low, high, lines)
+        _turn_back(lines, outs[b], 0, images.shape[2])
+        low, high = _bands(rows[b])
+        for channel in range(len(outs[b])):
+            lines = outs[b, channel]
+            for _ in range(passes):
+                lines = _rounded_product(rows[b], low, high, lines)
+            outs[b, channel] = lines
+
+
+@_images
 def _product(lefts, rights, outs):  # type: ignore[no-untyped-def]
     for b in range(len(lefts)):
         low, high = _bands(lefts[b])
@@ -164,6 +201,17 @@ def _multiply(matrix, low, high, offset, source, out):  # type: ignore[no-untype
             weight, other = matrix[row, column], source[column - offset]
             for i in range(len(line)):
                 line[i] += weight * other[i]
+
+
+@_lines
+def _rounded_product(matrix, low, high, lines):  # type: ignore[no-untyped-def]
+    """Return matrix @ lines (K, L), each value that of the nearest of 256 levels."""
+    out = np.empty(lines.shape, np.float32)
+    _multiply(matrix, low, high, 0, lines, out)
+    flat = out.reshape(-1)
+    for i in range(len(flat)):
+        flat[i] = np.floor(flat[i] * LEVELS + HALF) / LEVELS
+    return out
 
 
 @_lines

@@ -81,7 +81,8 @@ class Operation:
     """
 
     gradient: ClassVar[Gradient] = "exact"
-    """`exact`: the derivative of what `apply` computes; `straight_through`: the identity."""
+    """`exact`: the derivative of what `apply` computes; `straight_through`: that of what it rounds
+    to levels, as if it did not."""
     needs_colour: ClassVar[bool] = False
     """Whether the operation is defined on three channels only."""
     commutes_with_flips: bool = False

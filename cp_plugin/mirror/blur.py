@@ -1,19 +1,20 @@
 """Gaussian blur as the hosts compute it: linear, so a matrix along each axis.
 
-Pillow's `GaussianBlur` is three box blurs of fractional radius with the border pixel repeated
-(Pillow, `BoxBlur.c`; Gwosdek et al., SSVM 2011). torchvision's is a sampled Gaussian with a
-reflected border.
+Pillow's `GaussianBlur` is three box blurs of fractional radius with the border pixel repeated,
+each rounded to 8 bit (Pillow, `BoxBlur.c`; Gwosdek et al., SSVM 2011). torchvision's is a sampled
+Gaussian with a reflected border.
 """
 
 from __future__ import annotations
 
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cp_plugin.config.settings import UserError
-from cp_plugin.mirror.base import Operation, Params, Shape, uniform
+from cp_plugin.mirror.base import LEVEL, Gradient, Operation, Params, Shape, uniform
 from cp_plugin.mirror.processor import compiled, serves
 from cp_plugin.mirror.resample import separable
 
@@ -21,8 +22,13 @@ PASSES = 3
 
 
 class PillowBlur(Operation):
-    """`ImageFilter.GaussianBlur` with a radius drawn uniformly (solo-learn, Lightly)."""
+    """`ImageFilter.GaussianBlur` with a radius drawn uniformly (solo-learn, Lightly).
 
+    Pixels are rounded after each pass, as Pillow's are: a small radius changes nothing there. The
+    gradient is that of the passes without rounding.
+    """
+
+    gradient: ClassVar[Gradient] = "straight_through"
     commutes_with_flips: bool = True
 
     def __init__(self, sigma: tuple[float, float], name: str | None = None) -> None:
@@ -38,12 +44,34 @@ class PillowBlur(Operation):
         radius = box_radius(params["sigma"]).to(images.dtype)
         height, width = images.shape[-2:]
 
-        def build() -> tuple[Tensor, Tensor]:
-            columns = _passes(box_matrix(radius, width))
-            rows = columns if height == width else _passes(box_matrix(radius, height))
-            return rows, columns
+        def boxes() -> tuple[Tensor, Tensor]:
+            columns = box_matrix(radius, width)
+            return columns if height == width else box_matrix(radius, height), columns
 
-        return separable(images, build)
+        def build() -> tuple[Tensor, Tensor]:
+            rows, columns = boxes()
+            done = _passes(columns)
+            return done if rows is columns else _passes(rows), done
+
+        return separable(images, build, value=_rounded(images.detach(), *boxes()))
+
+
+def _rounded(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Carry out all passes of a box blur along each axis, rounding to 8 bit after each."""
+    if images.dtype.itemsize < torch.float32.itemsize:  # 255 levels need more digits
+        return _rounded(images.float(), rows.float(), columns.float()).to(images.dtype)
+    if serves(images):
+        out: Tensor = compiled("banded").rounded_passes(images, rows, columns, PASSES)
+        return out
+    for _ in range(PASSES):
+        images = _to_levels(images @ columns[:, None].mT)
+    for _ in range(PASSES):
+        images = _to_levels(rows[:, None] @ images)
+    return images
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    return images.mul_(255).add_(0.5).floor_().mul_(LEVEL)
 
 
 def _passes(box: Tensor) -> Tensor:

@@ -89,12 +89,17 @@ class _Separable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
+    def forward(
+        ctx: Any, images: Tensor, build: Build, clamp: bool, value: Tensor | None
+    ) -> Tensor:
         rows, columns = build()
-        out = images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1])
-        for part in portions(images):
-            wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
-            torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
+        if value is None:
+            out = images.new_empty(*images.shape[:2], rows.shape[1], columns.shape[1])
+            for part in portions(images):
+                wide = _horizontal(images[part], columns[_of(columns, part)], clamp)
+                torch.matmul(rows[_of(rows, part), None], wide, out=out[part])
+        else:
+            out = value
         # On an accelerator starting the kernels that make them costs more than keeping them.
         made = (rows, columns) if images.device.type != "cpu" else None
         ctx.build = build if made is None else lambda: made
@@ -104,7 +109,7 @@ class _Separable(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         rows, columns = ctx.build()
         saved = ctx.saved_tensors
         result = grads[0].new_empty(*grads[0].shape[:2], rows.shape[2], columns.shape[2])
@@ -120,24 +125,27 @@ class _Separable(torch.autograd.Function):
             n, c, height, _ = grad.shape
             flat = torch.matmul(grad.view(n, c * height, -1), horizontal)
             result[part] = flat.view(n, c, height, -1)
-        return result, None, None
+        return result, None, None, None
 
 
 class _Banded(torch.autograd.Function):
     """The same on a processor, an image at a time."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, build: Build, clamp: bool) -> Tensor:
-        out: Tensor = compiled("banded").forward(images, *build(), clamp)
+    def forward(
+        ctx: Any, images: Tensor, build: Build, clamp: bool, value: Tensor | None
+    ) -> Tensor:
+        banded = compiled("banded")
+        out: Tensor = banded.forward(images, *build(), clamp) if value is None else value
         ctx.build = build
         if clamp:
             ctx.save_for_backward(images, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         clamped = ctx.saved_tensors or None
-        return compiled("banded").backward(grads[0], *ctx.build(), clamped), None, None
+        return compiled("banded").backward(grads[0], *ctx.build(), clamped), None, None, None
 
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward
@@ -156,17 +164,21 @@ def _of(matrices: Tensor, part: slice) -> slice:
     return part if len(matrices) > 1 else slice(None)
 
 
-def separable(images: Tensor, build: Build, clamp: bool = False) -> Tensor:
+def separable(
+    images: Tensor, build: Build, clamp: bool = False, value: Tensor | None = None
+) -> Tensor:
     """Multiply every image with a matrix along each axis, columns (the horizontal pass) first.
 
     Args:
         images: (B, C, H, W).
         build: makes the matrices, always the same: rows (B or 1, h, H), columns (B or 1, w, W).
         clamp: to [0, 1] after each of the two products, as 8-bit images are.
+        value: what the product comes out as where the host rounds on the way, (B, C, h, w): it is
+            returned, with the gradient of the product. None: the product.
 
     Returns:
         (B, C, h, w), contiguous.
     """
     function = _Banded if serves(images) else _Separable
-    out: Tensor = function.apply(images, build, clamp)
+    out: Tensor = function.apply(images, build, clamp, value)
     return out

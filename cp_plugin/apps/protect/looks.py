@@ -62,4 +62,4 @@ def side_by_side(looks: Sequence[Look], path: Path) -> None:
         for column, pixels in enumerate((look.before, look.after, shown)):
             image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
             sheet.paste(image, (column * width, row * height))
-    sheet.save(path, "PNG")
+    sheet.save(path, "PNG", compress_level=1)  # noise shrinks little at higher ones

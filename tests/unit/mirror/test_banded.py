@@ -22,7 +22,6 @@ OPERATIONS = {
     "crop, bicubic, flipped": FLIPPED,
     "resize down": Resize((5, 6), "lanczos"),
     "window beyond the border": RandomCrop((21, 13), (4, 4, 4, 4)),
-    "Pillow's blur": PillowBlur((0.1, 2.0)),
     "torchvision's blur": TensorBlur((3, 5), (0.1, 2.0)),
 }
 
@@ -43,6 +42,20 @@ def test_both_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, expected_grad = changed(operation, images.double(), params, by.double())
     assert calls == [1], "double precision does not"
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
+
+
+def test_both_ways_of_pillows_blur_agree() -> None:
+    operation, generator = PillowBlur((0.1, 2.0)), torch.Generator().manual_seed(5)
+    images = torch.rand(SHAPE, generator=generator)
+    params = operation.sample(SHAPE, generator)
+    by = torch.randn(SHAPE, generator=generator)
+    out, grad = changed(operation, images, params, by)
+    expected, expected_grad = changed(operation, images.double(), params, by.double())
+    unlike = (out.double() - expected).abs() * 255
+    # In single precision a value between two levels may fall to the other side.
+    assert (unlike > 1e-3).double().mean() < 1e-3
+    assert unlike.max() < 1 + 1e-3
     torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
 
 

@@ -10,6 +10,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode as Mode
 
 from cp_plugin.mirror import Mirror, mirror
+from cp_plugin.mirror.blur import PillowBlur, box_matrix, box_radius
 
 CROP = v1.RandomResizedCrop((7, 6), (0.3, 0.9), interpolation=Mode.BICUBIC)
 EXACT = {
@@ -29,7 +30,6 @@ EXACT = {
     "jitter without hue": v1.ColorJitter(0.4, 0.4, 0.4),
     "jitter of tensors": v1.Compose([v1.ToTensor(), v1.ColorJitter(0.4, 0.4, 0.4, 0.3)]),
     "grey": v1.RandomGrayscale(0.5),
-    "Pillow's blur": lightly.GaussianBlur(prob=0.7, sigmas=(0.4, 2.0)),
     "torchvision's blur": v1.GaussianBlur(5, (0.4, 2.0)),
     "solarise": v1.RandomSolarize(128, 0.7),
     "invert": v1.RandomInvert(0.7),
@@ -47,7 +47,17 @@ EXACT = {
     "normalise": v1.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
     "choice": v1.RandomChoice([v1.RandomInvert(1.0), v1.GaussianBlur(3)]),
     "order": v1.RandomOrder([v1.RandomInvert(1.0), v1.ColorJitter(brightness=0.5)]),
-    "SimCLR": lightly.SimCLRTransform(input_size=7).transforms[0],
+    "SimCLR": v1.Compose(
+        [
+            CROP,
+            v1.RandomHorizontalFlip(),
+            v1.RandomApply([v1.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            v1.RandomGrayscale(0.2),
+            v1.GaussianBlur(3),
+            v1.ToTensor(),
+            v1.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+        ]
+    ),
 }
 STRAIGHT = {
     "equalise": v1.RandomEqualize(1.0),
@@ -92,6 +102,21 @@ def test_straight_through(name: str) -> None:
     up = torch.randn_like(view)
     (grad,) = torch.autograd.grad(view, x, up)
     torch.testing.assert_close(grad, up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pillows_blur_has_the_gradient_of_its_passes_without_rounding(dtype: torch.dtype) -> None:
+    assert "straight_through" in gradients_declared(mirror(lightly.GaussianBlur()))
+    x = images(3).to(dtype).requires_grad_()
+    sigma = torch.tensor([0.4, 1.1, 2.0], dtype=dtype)
+    view = PillowBlur((0.4, 2.0)).apply(x, {"sigma": sigma})
+    levels = view.detach() * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    boxes = (box_matrix(box_radius(sigma), size) for size in x.shape[-2:])
+    rows, columns = (torch.matrix_power(box, 3)[:, None] for box in boxes)
+    up = torch.randn_like(view)
+    (grad,) = torch.autograd.grad(view, x, up)
+    torch.testing.assert_close(grad, rows.mT @ up @ columns)
 
 
 def test_grey_pixels_keep_a_finite_gradient() -> None:

@@ -20,13 +20,17 @@ from cp_plugin.mirror import mirror
 NORMALIZE = v1.Normalize((0.49, 0.48, 0.44), (0.25, 0.24, 0.26))
 
 
-def simclr(size: int = 16) -> v1.Compose:
+PILLOWS_BLUR = lightly.GaussianBlur(prob=0.5, sigmas=(0.1, 2.0))
+SMOOTH = v1.RandomApply([v1.GaussianBlur(3)])  # without levels, to which values are rounded
+
+
+def simclr(size: int = 16, blur: object = PILLOWS_BLUR) -> v1.Compose:
     return v1.Compose(
         [
             v1.RandomResizedCrop(size, interpolation=Mode.BICUBIC),
             v1.RandomApply([v1.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v1.RandomGrayscale(0.2),
-            lightly.GaussianBlur(prob=0.5, sigmas=(0.1, 2.0)),
+            blur,
             v1.RandomApply([v1.RandomSolarize(128, 1.0)], p=0.2),
             v1.RandomHorizontalFlip(),
             v1.ToTensor(),
@@ -80,7 +84,7 @@ def test_sizes(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    twin = mirror(simclr())
+    twin = mirror(simclr(blur=SMOOTH))
     exact = images().to(dtype)
     params = twin.sample(exact.double(), torch.Generator().manual_seed(1))
     (view,) = twin.apply(exact, params)
@@ -92,9 +96,22 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert far.double().mean() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_levels_of_a_blur_in_any_precision(dtype: torch.dtype) -> None:
+    twin = mirror(PILLOWS_BLUR)
+    levels = images().mul(255).round().div(255).to(dtype)
+    params = twin.sample(levels.double(), torch.Generator().manual_seed(1))
+    (view,) = twin.apply(levels, params)
+    (reference,) = twin.apply(levels.double(), params)
+    unlike = (view.double() - reference).abs() * 255
+    assert view.dtype == dtype
+    assert (unlike > 255 * torch.finfo(dtype).eps).double().mean() < 1e-2
+    assert unlike.max() < 1 + 255 * torch.finfo(dtype).eps
+
+
 def test_float64_is_float64_throughout() -> None:
     """Noise far below float32 survives."""
-    twin = mirror(simclr())
+    twin = mirror(simclr(blur=SMOOTH))
     x = images().double()
     params = twin.sample(x, torch.Generator().manual_seed(2))
     moved = twin.apply(x * (1 - 1e-13), params)[0] - twin.apply(x, params)[0]

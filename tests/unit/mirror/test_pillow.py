@@ -169,9 +169,9 @@ def test_pixels(
 def test_pillow_blur(size: int) -> None:
     transform = lightly.GaussianBlur(prob=0.9, sigmas=(0.1, 2.0))
     error = compare(transform, chosen(oracle.blur), size)
-    # Pillow rounds six times; where sigma is small, that eats most of a change.
-    assert error["mean"] <= 0.5
-    assert error["p99.9"] <= 2.3
+    assert error["mean"] <= 1e-3
+    assert error["p99.9"] <= 1e-3
+    assert error["max"] <= 1 + 1e-3  # a level, where a value lies between two
 
 
 @pytest.mark.parametrize("size", [32, 224])
