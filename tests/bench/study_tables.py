@@ -328,3 +328,38 @@ def _surrogates(result: Result) -> str:
             steps.setdefault(row["poison"], set()).add(row["surrogate_steps"])
     told = [f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in steps.items()]
     return f"; surrogates: {', '.join(told)} steps" if steps else ""
+
+
+def readability(results: list[Result]) -> str:
+    """What fresh surrogates read, beside what victims lost, poison by poison; rank correlations."""
+    newest = results[-1]
+    titles = {
+        "linear_clean": "linear, clean bank",
+        "knn_clean": "kNN, clean bank",
+        "knn_poisoned": "kNN, poisoned bank, against the control",
+    }
+    lines = [
+        f"| poison | readability | seed by seed | {' | '.join(titles.values())} | victims |",
+        "|---|" + "---|" * (len(titles) + 3),
+    ]
+    for row in sorted(newest["rows"], key=lambda row: -row["readability"]):
+        cells = (
+            f"{row['readability']:+.3f}",
+            ", ".join(f"{drop:+.3f}" for drop in row["drops"]),
+            *(f"{row['lost'][key]:+.1f}" for key in titles),
+            str(row["victims"]),
+        )
+        lines.append(f"| {row['poison']} | {' | '.join(cells)} |")
+    told = [
+        f"- {titles[one['lost']]}: rank correlation {one['spearman']:+.2f} "
+        f"(95 %: {one['interval'][0]:+.2f} to {one['interval'][1]:+.2f}), "
+        f"{one['poisons']} poisons"
+        for one in newest["correlations"]
+    ]
+    setting = (
+        f"Readability: how much lower the loss of a fresh surrogate is than on clean images, the "
+        f"mean of the last quarter of {newest['steps']} steps of {newest['batch_size']}. What "
+        f"victims of {newest['victim_steps']} steps lost, in points. Intervals: bootstrap over "
+        "poisons."
+    )
+    return "\n".join([*lines, "", *told, "", setting, source(newest)])
