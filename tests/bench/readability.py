@@ -1,9 +1,10 @@
 """Does readability order poisons as victims do? `python -m tests.bench.readability DIR`.
 
-DIR is from `cp-plugin study tests/bench/results/readability.yaml`. Every poison that a finished
-victim was trained on is read by fresh surrogates of the victims' own configuration; beside it
-stands what the victims lost: on the clean bank against the clean run of their seed, on the poisoned
-bank against the control. Rank correlations come with the interval of a bootstrap over poisons.
+DIR is from `cp-plugin study tests/bench/results/readability.yaml`, which may still be at work in
+it. Every poison that is there is read by fresh surrogates of the victims' own configuration, and
+what was read is kept in DIR, so that the same call goes on. Beside it stands what finished victims
+lost: on the clean bank against the clean run of their seed, on the poisoned bank against the
+control. Rank correlations come with the interval of a bootstrap over poisons.
 """
 
 from __future__ import annotations
@@ -57,16 +58,13 @@ def _banks(cell: Cell) -> dict[str, Cell]:
     return {bank["bank"]: bank for bank in cell["banks"]}
 
 
-def poison_of(folder: Folder, cell: Cell) -> Path:
-    """Return the file that a victim was trained on."""
+def poison_of(folder: Folder, cell: Cell) -> Path | None:
+    """Return the file that a victim is trained on, None where it is not there yet."""
     if cell["file"]:
         return folder.given / str(cell["file"])
-    if "poison" in cell["needs"]:
-        crafted = json.loads(
-            (folder.path / "cells" / f"{cell['needs']['poison']}.json").read_text()
-        )
-        return folder.path / str(crafted["folder"]) / POISON_FILE
-    return folder.path / str(cell["folder"]) / POISON_FILE
+    made = folder.plan()[cell["needs"].get("poison", cell["name"])]
+    state = folder.state(made)
+    return folder.path / state["folder"] / POISON_FILE if "folder" in state else None
 
 
 def correlation(rows: list[Cell], lost: str) -> Cell:
@@ -85,41 +83,63 @@ def correlation(rows: list[Cell], lost: str) -> Cell:
     return {"lost": lost, "poisons": len(rows), "spearman": of(everything), "interval": [low, high]}
 
 
-def measure(given: argparse.Namespace) -> Cell:
-    """Read every poison and return the result."""
-    folder, found = Folder(given.folder), victims(given.folder)
-    first = next(iter(found.values()))[0]
-    cfg: Any = OmegaConf.load(given.folder / first["folder"] / CONFIG_FILE)
+def configuration(folder: Folder) -> Any:
+    """Return the victims' own, without poison, monitor and defence."""
+    clean = next(cell for cell in folder.plan().values() if cell.kind == CLEAN)
+    cfg: Any = OmegaConf.load(folder.path / folder.state(clean)["folder"] / CONFIG_FILE)
     for group in GROUPS:
         cfg.pop(group, None)
-    cfg = check(cfg)[1]
+    return check(cfg)[1]
+
+
+def losses(folder: Folder, cfg: Any, steps: int, seeds: int) -> dict[str, list[float]]:
+    """Return the losses of fresh surrogates by poison, seed by seed; of clean images as well."""
+    kept = folder.path / f"readability-{steps}.json"
+    found: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    cells = {cell.poison: cell for cell in folder.plan().values() if cell.kind == "victim"}
+    files = {name: poison_of(folder, cell.plain()) for name, cell in cells.items()}
+    files = {name: file for name, file in files.items() if file is not None}
+    for seed in range(seeds):
+        for name in (CLEAN, *files):
+            kind = name if name in (CLEAN, RANDOM) else POISON
+            read = found.setdefault(name, [])
+            if len(read) == seed:
+                # Clean images are those of any poison, with delta left out.
+                poison = Poison.load(files.get(name, next(iter(files.values()))))
+                read.append(loss_of(cfg, kind, poison, steps, seed))
+                print(name, seed, read[-1], flush=True)
+                kept.write_text(json.dumps(found))
+    return {name: read[:seeds] for name, read in found.items()}
+
+
+def measure(given: argparse.Namespace) -> Cell:
+    """Read every poison and return the result."""
     quiet()
-    seeds, rows, losses = range(given.seeds), [], {}
-    for name, cells in found.items():
-        poison = Poison.load(poison_of(folder, cells[0]))
-        if not losses:  # of the images that all poisons are compared with
-            losses = {CLEAN: [loss_of(cfg, CLEAN, poison, given.steps, seed) for seed in seeds]}
-        kind = RANDOM if name == RANDOM else POISON
-        losses[name] = [loss_of(cfg, kind, poison, given.steps, seed) for seed in seeds]
-        drops = [clean - one for clean, one in zip(losses[CLEAN], losses[name], strict=True)]
-        row = {
-            "poison": name,
-            "granularity": poison.granularity,
-            "losses": losses[name],
-            "drops": drops,
-            "readability": statistics.fmean(drops),
-            "victims": len(cells),
-            "lost": {key: statistics.fmean(cell["lost"][key] for cell in cells) for key in LOST},
-        }
-        print(row, flush=True)
-        rows.append(row)
+    folder = Folder(given.folder)
+    cfg = configuration(folder)
+    read = losses(folder, cfg, given.steps, given.seeds)
+    rows = []
+    for name, cells in victims(given.folder).items():
+        drops = [clean - one for clean, one in zip(read[CLEAN], read[name], strict=True)]
+        rows.append(
+            {
+                "poison": name,
+                "losses": read[name],
+                "drops": drops,
+                "readability": statistics.fmean(drops),
+                "victims": len(cells),
+                "lost": {
+                    key: statistics.fmean(cell["lost"][key] for cell in cells) for key in LOST
+                },
+            }
+        )
     return {
         "provenance": provenance(PACKAGES),
         "steps": given.steps,
         "batch_size": int(cfg.optimizer.batch_size),
         "seeds": given.seeds,
-        "victim_steps": first["result"]["steps"],
-        "clean_losses": losses[CLEAN],
+        "victim_epochs": int(cfg.max_epochs),
+        "clean_losses": read[CLEAN],
         "rows": rows,
         "correlations": [correlation(rows, lost) for lost in LOST],
     }
@@ -129,8 +149,8 @@ def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=1)
     print(write("readability_of", measure(parser.parse_args())))
 
 

@@ -359,7 +359,7 @@ def readability(results: list[Result]) -> str:
     setting = (
         f"Readability: how much lower the loss of a fresh surrogate is than on clean images, the "
         f"mean of the last quarter of {newest['steps']} steps of {newest['batch_size']}. What "
-        f"victims of {newest['victim_steps']} steps lost, in points. Intervals: bootstrap over "
+        f"victims of {newest['victim_epochs']} epochs lost, in points. Intervals: bootstrap over "
         "poisons."
     )
     return "\n".join([*lines, "", *told, "", setting, source(newest)])
