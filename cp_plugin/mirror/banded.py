@@ -69,21 +69,21 @@ def backward(
     return result
 
 
-def rounded_passes(images: Tensor, rows: Tensor, columns: Tensor, passes: int) -> Tensor:
-    """Multiply images with columns^T again and again, then with rows, rounding to 8 bit each time.
+def byte_passes(images: Tensor, rows: Tensor, columns: Tensor, passes: int) -> Tensor:
+    """Multiply bytes with columns^T again and again, then with rows, rounding each time.
 
     Args:
-        images: (B, C, H, W), float32 in [0, 1], on the processor.
-        rows: (B, H, H).
-        columns: (B, W, W).
+        images: (B, C, H, W), float32 in [0, 1], on the processor; taken as bytes.
+        rows: (B, H, H), whole numbers in parts of 2^24.
+        columns: (B, W, W), likewise.
         passes: along each axis.
     """
     out = images.new_empty(images.shape)
     source, target = images.detach().contiguous().numpy(), out.numpy()
-    x, y = columns.contiguous().numpy(), rows.contiguous().numpy()
+    x, y = (part.numpy().astype(np.uint32) for part in (columns, rows))
 
     def run(part: slice) -> None:
-        _rounded_passes(source[part], target[part], y[part], x[part], passes)
+        _byte_passes(source[part], target[part], y[part], x[part], passes)
 
     in_threads(run, len(images))
     return out
@@ -140,19 +140,19 @@ def _backward(grads, results, rows, columns, images, outs, clamped):  # type: ig
 
 
 @_images
-def _rounded_passes(images, outs, rows, columns, passes):  # type: ignore[no-untyped-def]
+def _byte_passes(images, outs, rows, columns, passes):  # type: ignore[no-untyped-def]
     for b in range(len(images)):
         low, high = _bands(columns[b])
-        lines = _turned(images[b], 0, images.shape[2])
+        lines = _bytes(_turned(images[b], 0, images.shape[2]), LEVELS)
         for _ in range(passes):
-            lines = _rounded_product(columns[b], low, high, lines)
+            lines = _byte_product(columns[b], low, high, lines)
         _turn_back(lines, outs[b], 0, images.shape[2])
         low, high = _bands(rows[b])
         for channel in range(len(outs[b])):
-            lines = outs[b, channel]
+            lines = _bytes(outs[b, channel], ONE)
             for _ in range(passes):
-                lines = _rounded_product(rows[b], low, high, lines)
-            outs[b, channel] = lines
+                lines = _byte_product(rows[b], low, high, lines)
+            outs[b, channel] = lines / LEVELS
 
 
 @_images
@@ -204,13 +204,29 @@ def _multiply(matrix, low, high, offset, source, out):  # type: ignore[no-untype
 
 
 @_lines
-def _rounded_product(matrix, low, high, lines):  # type: ignore[no-untyped-def]
-    """Return matrix @ lines (K, L), each value that of the nearest of 256 levels."""
-    out = np.empty(lines.shape, np.float32)
-    _multiply(matrix, low, high, 0, lines, out)
-    flat = out.reshape(-1)
-    for i in range(len(flat)):
-        flat[i] = np.floor(flat[i] * LEVELS + HALF) / LEVELS
+def _bytes(lines, scale):  # type: ignore[no-untyped-def]
+    """Return the nearest of 256 levels of each value, times scale, as 32-bit whole numbers."""
+    out = np.empty(lines.shape, np.uint32)
+    for row in range(len(lines)):
+        for i in range(lines.shape[1]):
+            level = min(max(lines[row, i] * scale, ZERO), LEVELS)
+            out[row, i] = np.uint32(level + HALF)
+    return out
+
+
+@_lines
+def _byte_product(matrix, low, high, lines):  # type: ignore[no-untyped-def]
+    """Return matrix @ lines (K, L), in parts of 2^24, rounded to levels."""
+    out = np.empty(lines.shape, np.uint32)
+    for row in range(len(matrix)):
+        line = out[row]
+        line[:] = np.uint32(1 << 23)
+        for column in range(low[row], high[row]):
+            weight, other = matrix[row, column], lines[column]
+            for i in range(len(line)):
+                line[i] += weight * other[i]
+        for i in range(len(line)):
+            line[i] >>= np.uint32(24)
     return out
 
 

@@ -19,13 +19,15 @@ from cp_plugin.mirror.processor import compiled, serves
 from cp_plugin.mirror.resample import separable
 
 PASSES = 3
+ONE = 1 << 24
+"""What Pillow's weights add up to, but for what is cut off."""
 
 
 class PillowBlur(Operation):
     """`ImageFilter.GaussianBlur` with a radius drawn uniformly (solo-learn, Lightly).
 
-    Pixels are rounded after each pass, as Pillow's are: a small radius changes nothing there. The
-    gradient is that of the passes without rounding.
+    Pixels are bytes, and rounded after each pass, as Pillow's are: a small radius changes nothing
+    there. The gradient is that of the passes without rounding.
     """
 
     gradient: ClassVar[Gradient] = "straight_through"
@@ -41,37 +43,33 @@ class PillowBlur(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Blur."""
-        radius = box_radius(params["sigma"]).to(images.dtype)
+        single = box_radius(params["sigma"].float())
+        radius = single.to(images.dtype)
         height, width = images.shape[-2:]
 
-        def boxes() -> tuple[Tensor, Tensor]:
-            columns = box_matrix(radius, width)
-            return columns if height == width else box_matrix(radius, height), columns
-
         def build() -> tuple[Tensor, Tensor]:
-            rows, columns = boxes()
-            done = _passes(columns)
-            return done if rows is columns else _passes(rows), done
+            columns = _passes(box_matrix(radius, width))
+            rows = columns if height == width else _passes(box_matrix(radius, height))
+            return rows, columns
 
-        return separable(images, build, value=_rounded(images.detach(), *boxes()))
+        return separable(images, build, value=_rounded(images.detach(), single))
 
 
-def _rounded(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Carry out all passes of a box blur along each axis, rounding to 8 bit after each."""
-    if images.dtype.itemsize < torch.float32.itemsize:  # 255 levels need more digits
-        return _rounded(images.float(), rows.float(), columns.float()).to(images.dtype)
+def _rounded(images: Tensor, radius: Tensor) -> Tensor:
+    """Carry out all passes of a box blur along each axis as Pillow does, on bytes."""
+    rows, columns = (box_integers(radius, size) for size in images.shape[-2:])
     if serves(images):
-        out: Tensor = compiled("banded").rounded_passes(images, rows, columns, PASSES)
+        out: Tensor = compiled("banded").byte_passes(images, rows, columns, PASSES)
         return out
+    # Whole numbers of up to 32 bits, which double precision has.
+    exact = torch.float32 if images.device.type == "mps" else torch.float64
+    rows, columns = (part.to(exact)[:, None].div_(ONE) for part in (rows, columns))
+    levels = images.to(exact).mul(255).round_().clamp_(0, 255)
     for _ in range(PASSES):
-        images = _to_levels(images @ columns[:, None].mT)
+        levels = (levels @ columns.mT).add_(0.5).floor_()
     for _ in range(PASSES):
-        images = _to_levels(rows[:, None] @ images)
-    return images
-
-
-def _to_levels(images: Tensor) -> Tensor:
-    return images.mul_(255).add_(0.5).floor_().mul_(LEVEL)
+        levels = (rows @ levels).add_(0.5).floor_()
+    return levels.mul_(LEVEL).to(images.dtype)
 
 
 def _passes(box: Tensor) -> Tensor:
@@ -107,6 +105,32 @@ def box_matrix(radius: Tensor, size: int) -> Tensor:
     matrix[:, :, 0] = (reach - index).clamp_(min=0)
     matrix[:, :, -1] = (reach - (size - 1 - index)).clamp_(min=0)
     return matrix / (2 * radius + 1)[:, None, None]
+
+
+def box_integers(radius: Tensor, size: int) -> Tensor:
+    """Return Pillow's weights of one box blur, whole numbers that mean parts of `ONE`.
+
+    They decide what a value halfway between two levels becomes.
+
+    Args:
+        radius: (B,) in pixels, single precision as Pillow's.
+        size: pixels along the axis.
+
+    Returns:
+        (B, size, size), int64.
+    """
+    whole = radius.floor()
+    inner = (ONE / (2 * radius + 1)).long()
+    outer = (ONE - (2 * whole.long() + 1) * inner) // 2
+    whole = whole.long()[:, None]
+    index = torch.arange(size, device=radius.device)
+    distance = (index[:, None] - index).abs_()
+    inside = (distance <= whole[:, :, None]).long()
+    edge = (distance == whole[:, :, None] + 1).long()
+    for column, away in ((0, index), (-1, size - 1 - index)):  # the border pixel, repeated
+        inside[:, :, column] = (whole + 1 - away).clamp_(min=0)
+        edge[:, :, column] = (away <= whole + 1).long()
+    return inside * inner[:, None, None] + edge * outer[:, None, None]
 
 
 class TensorBlur(Operation):

@@ -112,7 +112,8 @@ def test_pillows_blur_has_the_gradient_of_its_passes_without_rounding(dtype: tor
     view = PillowBlur((0.4, 2.0)).apply(x, {"sigma": sigma})
     levels = view.detach() * 255
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    boxes = (box_matrix(box_radius(sigma), size) for size in x.shape[-2:])
+    radius = box_radius(sigma.float()).to(dtype)
+    boxes = (box_matrix(radius, size) for size in x.shape[-2:])
     rows, columns = (torch.matrix_power(box, 3)[:, None] for box in boxes)
     up = torch.randn_like(view)
     (grad,) = torch.autograd.grad(view, x, up)

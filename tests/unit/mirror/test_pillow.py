@@ -165,13 +165,12 @@ def test_pixels(
     assert error["p99.9"] <= limit + 1e-3, error
 
 
+@pytest.mark.parametrize("sigmas", [(0.1, 2.0), (1.0, 1.0), (9.0, 9.0)])
 @pytest.mark.parametrize("size", [32, 224])
-def test_pillow_blur(size: int) -> None:
-    transform = lightly.GaussianBlur(prob=0.9, sigmas=(0.1, 2.0))
-    error = compare(transform, chosen(oracle.blur), size)
-    assert error["mean"] <= 1e-3
-    assert error["p99.9"] <= 1e-3
-    assert error["max"] <= 1 + 1e-3  # a level, where a value lies between two
+def test_pillow_blur(size: int, sigmas: tuple[float, float]) -> None:
+    """To the byte, also where a value lies halfway between two."""
+    transform = lightly.GaussianBlur(prob=0.9, sigmas=sigmas)
+    assert compare(transform, chosen(oracle.blur), size)["max"] <= 1e-3
 
 
 @pytest.mark.parametrize("size", [32, 224])
