@@ -85,7 +85,7 @@ def readability(
     losses: dict[str, list[float]] = {CLEAN: [], POISON: [], RANDOM: []}
     for seed in seeds:
         for kind, found in losses.items():
-            found.append(loss_of(cfg, kind, poison, steps, seed))
+            found.append(_loss(cfg, kind, poison, steps, seed))
     return Readability(steps, tuple(seeds), {kind: tuple(row) for kind, row in losses.items()})
 
 
@@ -101,13 +101,7 @@ class _Losses(Callback):
         self.found.append(outputs["loss"].detach())
 
 
-def loss_of(cfg: DictConfig, kind: str, poison: Poison, steps: int, seed: int) -> float:
-    """Train one fresh surrogate and return its loss, see `readability`.
-
-    Args:
-        kind: what it sees: `clean` images, those of the `poison`, or `random` noise of its eps and
-            granularity.
-    """
+def _loss(cfg: DictConfig, kind: str, poison: Poison, steps: int, seed: int) -> float:
     settings = copy.deepcopy(cfg)
     settings.seed = seed
     seed_everything(seed, workers=True, verbose=False)

@@ -419,7 +419,6 @@ THEMES: dict[str, Callable[[list[Result]], str]] = {
     "photos": study,
     "protect": study,
     "readability": long_runs,
-    "readability_of": readability,
     "rows": study,
     "schedules": curves,
     "solo": solo,
@@ -452,6 +451,7 @@ def fill(text: str, theme: str, table: str) -> str:
 def main() -> None:
     """Fill every list, and every theme that has results, on every page."""
     tables = {theme: make(found) for theme, make in THEMES.items() if (found := results_of(theme))}
+    tables["readability-order"] = readability(results_of("readability"))
     tables |= {name: listed() for name, listed in LISTS.items()}
     for page in PAGES:
         text = page.read_text(encoding="utf8")
