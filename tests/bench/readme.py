@@ -451,7 +451,8 @@ def fill(text: str, theme: str, table: str) -> str:
 def main() -> None:
     """Fill every list, and every theme that has results, on every page."""
     tables = {theme: make(found) for theme, make in THEMES.items() if (found := results_of(theme))}
-    tables["readability-order"] = readability(results_of("readability"))
+    if read := results_of("readability"):  # two tables of one result
+        tables["readability-order"] = readability(read)
     tables |= {name: listed() for name, listed in LISTS.items()}
     for page in PAGES:
         text = page.read_text(encoding="utf8")
